@@ -1,0 +1,4 @@
+from ltdd_scale.cli import console
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,158 @@
+"""Stage "calibrate": fair BatchNorm statistics (RLDD §Fair calibration).
+
+With parameters frozen, one pass over the long-tailed set gives per layer and class the count, sum and sum of squares of the layer's
+*input*, in float64. The dynamic momentum α_t^c = B_t^c / (N_{t−1}^c + B_t^c) of the paper, applied to x and x², is exactly sum / count,
+and that is what is computed. Every class then weighs the same in the layer's mean and variance.
+
+A unit of work is a run of whole classes, so each class's sums are added by one rank in one fixed order, and the all-reduce
+adds zeros: the same bytes on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltdd_scale.config import Config
+from ltdd_scale.data import sampling
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.loader import normalizer, open_images
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.errors import UserError
+from ltdd_scale.models import registry
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+
+
+class ClassMoments:
+    """Per-class counts [K], sums and sums of squares [K, channels] of the inputs of `layers`, in float64.
+
+    Use as a context manager around forward passes; set `labels` (int64 [n]) before each. Vectorised over the batch: one reduction
+    over positions a layer, then a product with the one-hot labels, whose order of addition is fixed on a GPU too.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], num_classes: int, device: torch.device):
+        self.layers, self.num_classes, self.device = layers, num_classes, device
+        self.labels = torch.empty(0, dtype=torch.int64)
+        self.moments: dict[str, Tensor] = {}  # [K, 1 + 2 · channels]: count, sums, sums of squares
+        self._handles: list[Any] = []
+
+    def _hook(self, name: str):
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            if name not in self.moments:
+                self.moments[name] = torch.zeros(self.num_classes, 1 + 2 * x.shape[1], dtype=torch.float64, device=self.device)
+            sums, squares = position_sums(x)
+            positions = torch.full((len(x), 1), float(x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device)
+            classes, local = torch.unique(self.labels, return_inverse=True)
+            onehot = nn.functional.one_hot(local, len(classes)).double().T
+            self.moments[name][classes] += onehot @ torch.cat([positions, sums, squares], 1)
+
+        return collect
+
+    def __enter__(self) -> ClassMoments:
+        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ x and Σ x² over the positions of each image and channel, float64 [n, channels], for x [n, channels, H, W]."""
+    n, c, h, w = x.shape
+    if x.device.type == "cpu" and x.is_contiguous():
+        # Blocks of float32 products added in float64: each block is short enough that float32 holds it to 1e-7,
+        # and a matrix product is several times faster than a float64 reduction.
+        flat = x.float().reshape(n * c, 1, h * w)
+        squares = torch.bmm(flat, flat.transpose(1, 2))
+        return x.sum((2, 3), dtype=torch.float64), squares.reshape(n, c).double()
+    x = x.double()
+    return x.sum((2, 3)), (x * x).sum((2, 3))
+
+
+def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean [C], var [C], class means [K, C], class E[x²] [K, C]) of one layer from its moments [K, 1 + 2C], all float64.
+
+    ``mixture``: var = mean_c E_c[x²] − μ², exact for the class-balanced population; ``within``: mean_c σ²_c, which leaves out the
+    spread between classes. Raises `UserError` for a class without images.
+    """
+    count, channels = moments[:, :1], (moments.shape[1] - 1) // 2
+    if (count == 0).any():
+        raise UserError(f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; it cannot have statistics")
+    means, squares = moments[:, 1 : 1 + channels] / count, moments[:, 1 + channels :] / count
+    mean = means.mean(0)
+    var = squares.mean(0) - mean**2 if variance == "mixture" else (squares - means**2).mean(0)
+    return mean, var.clamp(min=0), means, squares
+
+
+def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
+    """Consecutive classes packed until a unit has `at_least` images: tail classes share a batch, no class is cut in two."""
+    units, current, held = [], [], 0
+    for c, n in enumerate(counts):
+        current.append(c)
+        held += int(n)
+        if held >= at_least:
+            units.append(np.asarray(current))
+            current, held = [], 0
+    return [*units, np.asarray(current)] if current else units
+
+
+def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec) -> dict[str, Tensor]:
+    """One pass over `images`; the moments of every layer, complete on every rank."""
+    ranks, num_classes = context.ranks, len(images.counts)
+    units = class_units(images.counts, settings.batch_size)
+    mine = sampling.spread(np.asarray([images.counts[u].sum() for u in units]), ranks.world)[ranks.rank]
+    order = np.argsort(images.labels, kind="stable")
+    edges = np.concatenate([[0], np.cumsum(images.counts)])
+    plans = []
+    for u in mine:
+        members = order[edges[units[u][0]] : edges[units[u][-1] + 1]]
+        plans += [(members[i : i + settings.batch_size], None) for i in range(0, len(members), settings.batch_size)]
+    progress = context.progress(title, len(plans), "batches")
+    with torch.inference_mode(), ClassMoments(layers, num_classes, ranks.device) as found:
+        # The layers' shapes are known after a forward pass; a rank without units must hold zeros of the same shapes.
+        found.labels = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+        first = next(iter(images.stream([(order[:1], None)], spec)))
+        model(normalize(first))
+        for total in found.moments.values():
+            total.zero_()
+        for k, ((indices, _), x) in enumerate(zip(plans, images.stream(plans, spec), strict=True)):
+            found.labels = torch.from_numpy(images.labels[indices]).to(ranks.device)
+            with ranks.autocast():
+                model(normalize(x))
+            progress.update(k + 1)
+        return {name: ranks.sum_(found.moments[name].contiguous()) for name in layers}
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Write ``statistics.pt`` (layer → moments, float64 [K, 1 + 2C]; or layer → mean and var without calibration) and ``observer.pt``."""
+    ranks, settings = context.ranks, config.calibrate
+    saved = files.load_tensors(context.input("observer") / "weights.pt")
+    model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
+    norms = registry.norm_layers(model)
+    statistics: dict[str, Any] = {"fair": config.strategies.calibrate, "batchnorm": list(norms), "moments": {}, "running": {}}
+    if config.strategies.calibrate:
+        split = ShardSplit(context.input("shard"), "train")
+        images = open_images(split, config.data.resolution, ranks.device, config.runtime.memory_gb, config.runtime.workers)
+        normalize = normalizer(split.mean, split.std, ranks.device)
+        layers = {**norms, **(registry.conv_layers(model) if settings.conv_inputs else {})}
+        for number in range(settings.passes):
+            title = "calibrate" if settings.passes == 1 else f"calibrate, pass {number + 1} of {settings.passes}"
+            moments = collect(model, layers, images, normalize, settings, context, title, ViewSpec(config.data.resolution))
+            for name, layer in norms.items():
+                mean, var, _, _ = fair_statistics(moments[name], settings.variance)
+                layer.running_mean.copy_(mean)
+                layer.running_var.copy_(var)
+        statistics["moments"] = {name: value.cpu() for name, value in moments.items()}
+    for name, layer in norms.items():
+        statistics["running"][name] = (layer.running_mean.cpu(), layer.running_var.cpu())
+    if ranks.first:
+        files.save_tensors(context.out / "statistics.pt", statistics)
+        weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+        files.save_tensors(context.out / "observer.pt", {"recipe": saved["recipe"], "model": weights})
+    return {"layers": len(norms), "channels": sum(m.num_features for m in norms.values())}

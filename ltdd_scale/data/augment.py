@@ -1,0 +1,167 @@
+"""Views of images: drawn first (NumPy, counter-based), applied later (torch, whole batches, differentiable, deterministic)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as tvf
+
+NUM_OPS = 14  # of RandAugment, as torchvision lists them
+
+
+@dataclass
+class Views:
+    """Draws for n images: windows float32 [n, 4] (top, left, height, width as fractions of the image), mirrored bool [n],
+    ops int [n, k] with signs bool [n, k]."""
+
+    windows: np.ndarray
+    mirrored: np.ndarray
+    ops: np.ndarray
+    signs: np.ndarray
+
+    def __getitem__(self, which) -> Views:
+        return Views(self.windows[which], self.mirrored[which], self.ops[which], self.signs[which])
+
+
+@dataclass
+class ViewSpec:
+    """What is drawn: a RandomResizedCrop of area `crop_scale` (or a shift by up to `padding` of `resolution` pixels), a mirror
+    image, `randaugment` operations of `magnitude`/30."""
+
+    resolution: int
+    crop_scale: tuple[float, float] | None = None
+    padding: int = 0
+    mirror: bool = True
+    randaugment: int = 0
+    magnitude: int = 9
+
+    def draw(self, rng: np.random.Generator, sizes: np.ndarray) -> Views:
+        """Views of images of `sizes` int [n, 2] (width, height)."""
+        n = len(sizes)
+        if self.crop_scale is not None:
+            windows = _crop_windows(rng, sizes, self.crop_scale)
+        else:
+            windows = np.tile(np.float32([0, 0, 1, 1]), (n, 1))
+            windows[:, :2] = rng.integers(-self.padding, self.padding + 1, (n, 2)) / self.resolution
+        mirrored = rng.random(n) < 0.5 if self.mirror else np.zeros(n, bool)
+        ops = rng.integers(0, NUM_OPS, (n, self.randaugment))
+        return Views(windows, mirrored, ops, rng.random((n, self.randaugment)) < 0.5)
+
+
+def _crop_windows(rng: np.random.Generator, sizes: np.ndarray, scale: tuple[float, float], ratio=(3 / 4, 4 / 3), tries: int = 10) -> np.ndarray:
+    """torchvision's RandomResizedCrop, for all images at once: the first of `tries` windows that fits, else the largest centred one."""
+    n = len(sizes)
+    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    area = rng.uniform(*scale, (n, tries)) * width * height
+    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, tries)))
+    w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    fits = (w <= width) & (h <= height)
+    first = fits.argmax(1)
+    rows = np.arange(n)
+    w, h, ok = w[rows, first], h[rows, first], fits[rows, first]
+    width, height = width[:, 0], height[:, 0]
+    r = np.clip(width / height, *ratio)
+    w = np.where(ok, w, np.minimum(width, height * r))
+    h = np.where(ok, h, np.minimum(height, width / r))
+    place = np.where(ok[:, None], rng.random((n, 2)), 0.5)
+    top, left = place[:, 0] * (height - h), place[:, 1] * (width - w)
+    return np.stack([top / height, left / width, h / height, w / width], 1).astype(np.float32)
+
+
+def _resampling(start: torch.Tensor, extent: torch.Tensor, source: int, size: int) -> torch.Tensor:
+    """Matrices [n, size, source] that resample [start, start + extent) of `source` pixels to `size`: bilinear, widened to the
+    step where it shrinks (as Pillow does). Rows wholly outside the image are 0."""
+    at = torch.arange(size, device=start.device, dtype=torch.float32)
+    centre = (start[:, None] + (at + 0.5) / size * extent[:, None]) * source - 0.5
+    step = (extent * source / size).clamp(min=1.0)[:, None, None]
+    pixels = torch.arange(source, device=start.device, dtype=torch.float32)
+    weight = (1 - (pixels - centre[:, :, None]).abs() / step).clamp(min=0)
+    total = weight.sum(2, keepdim=True)
+    return weight / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def crop_resize(images: torch.Tensor, windows: torch.Tensor, mirrored: torch.Tensor, size: int) -> torch.Tensor:
+    """Crops of images float [n, C, H, W] resized to [n, C, size, size], some mirrored.
+
+    Written as two small matrix products an image rather than `grid_sample`, whose gradient on a GPU adds in no fixed order.
+    """
+    rows = _resampling(windows[:, 0], windows[:, 2], images.shape[2], size)
+    columns = _resampling(windows[:, 1], windows[:, 3], images.shape[3], size)
+    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    with torch.autocast(images.device.type, enabled=False):
+        return rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
+
+
+def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torch.Tensor:
+    """One RandAugment operation on float images in [0, 1], magnitudes as torchvision scales them."""
+    m, s = magnitude / 30, -1.0 if sign else 1.0
+    size = images.shape[-1]
+    affine = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    match op:
+        case 0:
+            return images
+        case 1:
+            return tvf.affine(images, **{**affine, "shear": [s * np.degrees(np.arctan(0.3 * m)), 0.0]}, center=[0, 0])
+        case 2:
+            return tvf.affine(images, **{**affine, "shear": [0.0, s * np.degrees(np.arctan(0.3 * m))]}, center=[0, 0])
+        case 3:
+            return tvf.affine(images, **{**affine, "translate": [int(s * m * 150 / 331 * size), 0]})
+        case 4:
+            return tvf.affine(images, **{**affine, "translate": [0, int(s * m * 150 / 331 * size)]})
+        case 5:
+            return tvf.rotate(images, s * 30 * m)
+        case 6:
+            return tvf.adjust_brightness(images, 1 + s * 0.9 * m)
+        case 7:
+            return tvf.adjust_saturation(images, 1 + s * 0.9 * m)
+        case 8:
+            return tvf.adjust_contrast(images, 1 + s * 0.9 * m)
+        case 9:
+            return tvf.adjust_sharpness(images, 1 + s * 0.9 * m)
+        case 10:
+            levels = 2.0 ** (8 - round(4 * m))
+            return (images * levels).floor().clamp(max=levels - 1) / levels
+        case 11:
+            return tvf.solarize(images, 1 - m)
+        case 12:
+            return tvf.autocontrast(images)
+        case _:
+            return tvf.equalize(images)
+
+
+def apply(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
+    """Views of float images in [0, 1], [n, 3, H, W] → [n, 3, resolution, resolution], still in [0, 1]."""
+    device = images.device
+    windows = torch.from_numpy(views.windows).to(device, non_blocking=True)
+    mirrored = torch.from_numpy(views.mirrored).to(device, non_blocking=True)
+    out = crop_resize(images, windows, mirrored, spec.resolution)
+    for k in range(views.ops.shape[1]):
+        pairs = views.ops[:, k] * 2 + views.signs[:, k]
+        for pair in np.unique(pairs):
+            op, sign = divmod(int(pair), 2)
+            if op:
+                members = torch.from_numpy(np.flatnonzero(pairs == pair)).to(device)
+                out[members] = _apply_op(out[members], op, bool(sign), spec.magnitude).clamp(0, 1)
+    return out
+
+
+def cutmix_boxes(rng: np.random.Generator, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes int [n, 4] (top, left, bottom, right) with λ ~ Beta(1, 1), and the share of each image that stays, float32 [n]."""
+    side = np.sqrt(1 - rng.random(n)) * size
+    centre = rng.random((n, 2)) * size
+    low = np.clip(centre - side[:, None] / 2, 0, size).astype(np.int64)
+    high = np.clip(centre + side[:, None] / 2, 0, size).astype(np.int64)
+    boxes = np.concatenate([low, high], 1)
+    stays = 1 - (high - low).prod(1) / size**2
+    return boxes, stays.astype(np.float32)
+
+
+def paste(images: torch.Tensor, others: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
+    """CutMix: `others` shown inside the boxes int [n, 4], `images` outside."""
+    b = torch.from_numpy(boxes).to(images.device)[:, :, None]
+    at = torch.arange(images.shape[-1], device=images.device)
+    rows = (at >= b[:, 0]) & (at < b[:, 2])
+    columns = (at >= b[:, 1]) & (at < b[:, 3])
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], others, images)

@@ -1,0 +1,272 @@
+"""WebDataset shards: write, index, verify, read.
+
+A shard set is a folder with ``NAME-train-000000.tar`` … (``key.jpg``/``key.png`` and zero-padded ASCII ``key.cls``; byte-identical
+on every run), DALI's ``.idx`` beside each, ``NAME-train-meta.npy`` (int32 [N, 3]: label, width, height), ``NAME-train-names.txt`` (where each
+image came from), ``manifest.json`` and ``quarantine.json``. Every image is decoded whole at the door: DALI stops for good on one it cannot decode.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import tarfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from ltdd_scale.data.longtail import GROUPS, shot_groups
+from ltdd_scale.data.sources import Source, Split
+from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.progress import Progress
+
+KEPT = {"JPEG": "jpg", "PNG": "png"}  # formats whose bytes are kept; any other is rewritten as PNG
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """Short side to `side`, then the centre square."""
+    if image.size == (side, side):
+        return image
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short), reducing_gap=3.0)
+
+
+def _admit(content: bytes, store_resolution: int) -> tuple[bytes, str, Image.Image]:
+    """Bytes to store, their extension, and the whole decoded RGB image. Raises with the reason where it does not decode."""
+    if not content:
+        raise ValueError("zero bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    ext, rgb = KEPT.get(image.format or ""), image.convert("RGB")
+    if store_resolution:
+        rgb, ext = square(rgb, store_resolution), None
+    if ext is None:
+        buffer = io.BytesIO()
+        rgb.save(buffer, "PNG")
+        content, ext = buffer.getvalue(), "png"
+    return content, ext, rgb
+
+
+# The split that worker processes read from; inherited by fork, since readers are closures over files or arrays.
+_SPLIT: Split | None = None
+
+
+def _write_shard(path: str, first: int, last: int, store_resolution: int) -> dict[str, Any]:
+    """Write images first … last−1 of the split as one tar with its index; return the rows that describe them."""
+    assert _SPLIT is not None
+    buffer = io.BytesIO()
+    rows, bad = [], []
+    sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    writer = webdataset.TarWriter(buffer, mtime=0, encoder=False)
+    for i in range(first, last):
+        name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
+        try:
+            content, ext, rgb = _admit(_SPLIT.read(i), store_resolution)
+        except Exception as error:
+            bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
+            continue
+        writer.write({"__key__": f"{i:08d}", ext: content, "cls": b"%05d" % label})
+        rows.append([i, label, *rgb.size])
+        # Integer sums: the mean and deviation do not depend on how the work was shared out.
+        flat = np.asarray(rgb, np.uint8).reshape(-1, 3).astype(np.int64)
+        sums, squares, pixels = sums + flat.sum(0), squares + (flat * flat).sum(0), pixels + len(flat)
+    writer.close()
+    content = buffer.getvalue()
+    files.write_bytes(Path(path).with_suffix(".idx"), _index(content))
+    files.write_bytes(path, content)
+    part = {"rows": rows, "bad": bad, "sums": sums.tolist(), "squares": squares.tolist(), "pixels": pixels, "sha256": files.sha256(path), "bytes": len(content)}
+    files.write_json(f"{path}.part.json", part)
+    return part
+
+
+def _index(content: bytes) -> bytes:
+    """DALI's index of a tar, version 1.2: 'extension offset size name' of each component, a sample a line."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for member in tar:
+            key, _, ext = member.name.partition(".")
+            samples.setdefault(key, []).append(f"{ext} {member.offset_data} {member.size} {member.name}")
+    return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values()), ""]).encode()
+
+
+def _reuse(path: Path) -> dict[str, Any] | None:
+    """What an interrupted run left finished."""
+    part = Path(f"{path}.part.json")
+    if not (part.exists() and path.exists() and path.with_suffix(".idx").exists()):
+        return None
+    saved = files.read_json(part)
+    return saved if files.sha256(path) == saved["sha256"] else None
+
+
+def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
+    global _SPLIT
+    _SPLIT = split
+    starts = range(0, len(split.names), shard_images)
+    paths = [folder / f"{name}-{k:06d}.tar" for k in range(len(starts))]
+    parts: dict[int, dict] = {}
+    progress = Progress(f"shard {name}", len(split.names), "images", quiet)
+    todo = []
+    for k, first in enumerate(starts):
+        found = _reuse(paths[k])
+        if found:
+            parts[k] = found
+        else:
+            todo.append((k, first, min(first + shard_images, len(split.names))))
+    done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
+    if workers > 1 and len(todo) > 1:
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork")) as pool:
+            jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution)) for k, first, last in todo]
+            for k, n, job in jobs:
+                parts[k] = job.result()
+                progress.update(done := done + n)
+    else:
+        for k, first, last in todo:
+            parts[k] = _write_shard(str(paths[k]), first, last, store_resolution)
+            progress.update(done := done + last - first)
+    ordered = [parts[k] for k in range(len(starts))]
+    rows = np.asarray([row for p in ordered for row in p["rows"]], np.int64).reshape(-1, 4)
+    buffer = io.BytesIO()
+    np.save(buffer, rows[:, 1:].astype(np.int32))
+    files.write_bytes(folder / f"{name}-meta.npy", buffer.getvalue())
+    files.write_text(folder / f"{name}-names.txt", "".join(f"{split.names[i]}\n" for i in rows[:, 0]))
+    pixels = max(sum(p["pixels"] for p in ordered), 1)
+    mean = np.sum([p["sums"] for p in ordered], 0) / pixels
+    std = np.sqrt(np.maximum(np.sum([p["squares"] for p in ordered], 0) / pixels - mean**2, 1.0))
+    info = {
+        "num_images": len(rows),
+        "mean": (mean / 255).round(6).tolist(),
+        "std": (std / 255).round(6).tolist(),
+        "meta": files.sha256(folder / f"{name}-meta.npy"),
+        "names": files.sha256(folder / f"{name}-names.txt"),
+        "shards": [
+            {"file": path.name, "num_images": len(p["rows"]), "bytes": p["bytes"], "sha256": p["sha256"], "idx": files.sha256(path.with_suffix(".idx"))}
+            for path, p in zip(paths, ordered, strict=True)
+        ],
+    }
+    return info, [{"split": name, **b} for p in ordered for b in p["bad"]]
+
+
+def write(folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False) -> dict:
+    """Write all splits of `source` into `folder`; return the manifest.
+
+    A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
+    Raises `UserError` where quarantine leaves a class without images.
+    """
+    workers = workers or os.cpu_count() or 1
+    splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
+    manifest: dict[str, Any] = {"format": 1, "name": name, "classes": source.classes, "notes": source.notes, "splits": {}}
+    quarantine: list[dict] = []
+    for split_name, split in splits.items():
+        info, bad = _write_split(folder, f"{name}-{split_name}", split, shard_images, store_resolution, workers, quiet)
+        quarantine += bad
+        labels = np.load(folder / f"{name}-{split_name}-meta.npy")[:, 0]
+        info["counts"] = np.bincount(labels, minlength=len(source.classes)).tolist()
+        info["listed"] = np.bincount(split.labels, minlength=len(source.classes)).tolist()
+        if 0 in info["counts"] and split_name != "val":
+            c = info["counts"].index(0)
+            reason = next((b["reason"] for b in bad if b["label"] == c), "none listed")
+            raise UserError(f"{split_name}: class {c} ({source.classes[c]}) has no image that decodes (first reason: {reason}); see the images of {name}")
+        manifest["splits"][split_name] = info
+    files.write_json(folder / "quarantine.json", quarantine)
+    manifest["quarantined"] = len(quarantine)
+    counts = manifest["splits"]["train"]["counts"]
+    manifest["groups"] = [GROUPS[g] for g in shot_groups(counts)]
+    files.write_json(folder / "manifest.json", manifest)
+    for part in folder.glob("*.part.json"):
+        part.unlink()
+    return manifest
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Re-hash every shard, index and table against the manifest; return what is wrong, one line each."""
+    folder = Path(folder)
+    manifest, wrong = files.read_json(folder / "manifest.json"), []
+
+    def compare(path: Path, digest: str) -> None:
+        if not path.exists():
+            wrong.append(f"{path}: missing")
+        elif files.sha256(path) != digest:
+            wrong.append(f"{path}: its hash does not match the manifest; delete the folder and shard again")
+
+    for split, info in manifest["splits"].items():
+        for shard in info["shards"]:
+            compare(folder / shard["file"], shard["sha256"])
+            compare((folder / shard["file"]).with_suffix(".idx"), shard["idx"])
+        compare(folder / f"{manifest['name']}-{split}-meta.npy", info["meta"])
+        compare(folder / f"{manifest['name']}-{split}-names.txt", info["names"])
+    return wrong
+
+
+class ShardSplit:
+    """Random access to the encoded images of one split through memory-mapped tars.
+
+    `labels` int64 [N], `sizes` int64 [N, 2] (width, height), `counts` images of each class. Raises `UserError` where a shard is
+    missing or not of the size that the manifest states.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        self.manifest = files.read_json(self.folder / "manifest.json")
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{folder} has no '{split}' split: {', '.join(self.manifest['splits'])} only")
+        info = self.manifest["splits"][split]
+        stem = f"{self.manifest['name']}-{split}"
+        meta = np.load(self.folder / f"{stem}-meta.npy").astype(np.int64)
+        self.labels, self.sizes = meta[:, 0], meta[:, 1:]
+        self.classes: list[str] = self.manifest["classes"]
+        self.counts = np.bincount(self.labels, minlength=len(self.classes))
+        self.mean, self.std = self.manifest["splits"]["train"]["mean"], self.manifest["splits"]["train"]["std"]
+        where = []
+        for k, shard in enumerate(info["shards"]):
+            path = self.folder / shard["file"]
+            if not path.exists() or path.stat().st_size != shard["bytes"]:
+                state = "is missing" if not path.exists() else f"has {path.stat().st_size} bytes, not {shard['bytes']}"
+                raise UserError(f"shard {path} {state}; delete {self.folder} and run 'shard' again")
+            lines = path.with_suffix(".idx").read_text().splitlines()
+            if lines[0] != f"v1.2 {shard['num_images']}" or len(lines) != shard["num_images"] + 1:
+                raise UserError(f"the index {path.with_suffix('.idx')} does not match its shard; delete {self.folder} and run 'shard' again")
+            for line in lines[1:]:
+                fields = line.split(" ")
+                image = 4 if fields[0] == "cls" else 0
+                where.append((k, int(fields[image + 1]), int(fields[image + 2])))
+        self._where = np.asarray(where, np.int64).reshape(-1, 3)
+        if len(self._where) != len(self.labels):
+            raise UserError(f"{self.folder}: {len(self._where)} images in the shards of '{split}', {len(self.labels)} in its table; shard again")
+        self._paths = [self.folder / shard["file"] for shard in info["shards"]]
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def names(self) -> list[str]:
+        """Where each image came from."""
+        return (self.folder / f"{self.manifest['name']}-{self.split}-names.txt").read_text().splitlines()
+
+    def encoded(self, i: int) -> bytes:
+        k, offset, size = self._where[i]
+        if k not in self._maps:
+            with open(self._paths[k], "rb") as f:
+                self._maps[k] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[k][offset : offset + size]
+
+    def image(self, i: int) -> Image.Image:
+        """The RGB image. An error names the tar, the offset and the source."""
+        try:
+            return Image.open(io.BytesIO(self.encoded(i))).convert("RGB")
+        except Exception as error:
+            k, offset, _ = self._where[i]
+            raise UserError(f"{self._paths[k]}, offset {offset} ({self.names[i]}): {error}; run 'ltdd-scale verify {self.folder}'") from error
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}

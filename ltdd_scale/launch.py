@@ -1,0 +1,82 @@
+"""Ranks on this machine: `--nproc N` without torchrun's noise. (`torchrun -m ltdd_scale …` works as well.)"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Sequence
+
+MAX_CPU_RANKS = 8  # more gain little on small global batches
+
+
+def default_ranks(device: str) -> int:
+    """One rank a GPU; without GPUs one a core, up to 8."""
+    if device != "cpu" and Path("/dev/nvidia0").exists():
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
+    return min(len(os.sched_getaffinity(0)), MAX_CPU_RANKS)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed launcher leaves no orphans at work
+
+
+def _start(num: int, arguments: Sequence[str], folder: str, attempt: int, auto: bool) -> list[subprocess.Popen]:
+    workers = []
+    for rank in range(num):
+        env = dict(os.environ)
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        env.setdefault("OMP_NUM_THREADS", "1")
+        # A file instead of a port: no port to be in use, none to guess.
+        env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num), LTDD_RENDEZVOUS=f"file://{folder}/rendezvous-{attempt}", LTDD_AUTO_RANKS=str(int(auto)))
+        workers.append(subprocess.Popen([sys.executable, "-m", "ltdd_scale", *arguments], env=env, preexec_fn=_die_with_parent))
+    return workers
+
+
+def run_ranks(num: int, arguments: Sequence[str], auto: bool, max_restarts: int = 3) -> int:
+    """Run `ltdd-scale ARGUMENTS` on `num` ranks; return the exit code.
+
+    A rank that a signal killed (out of memory, say) ends all, and all start again from their checkpoints, up to `max_restarts` times.
+    A rank that ended with an error ends all for good.
+    """
+    with tempfile.TemporaryDirectory(prefix="ltdd-") as folder:
+        for attempt in range(max_restarts + 1):
+            workers = _start(num, arguments, folder, attempt, auto)
+            try:
+                code = _wait(workers)
+            except KeyboardInterrupt:
+                code = 130
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                worker.wait()
+            if code >= 0:
+                return code
+            name = signal.Signals(-code).name
+            if attempt < max_restarts:
+                print(f"a rank was killed by {name}; starting again from the last checkpoints ({attempt + 1} of {max_restarts})", file=sys.stderr, flush=True)
+        print(f"error: a rank was killed by {name} {max_restarts + 1} times; if that is SIGKILL, memory may be short: lower --nproc", file=sys.stderr)
+        return 128 - code
+
+
+def _wait(workers: list[subprocess.Popen]) -> int:
+    """0 when all have ended well; else the first bad code, once the others had a moment to say theirs."""
+    while True:
+        codes = [w.poll() for w in workers]
+        bad = [c for c in codes if c]
+        if bad:
+            time.sleep(0.2)
+            ended = [w.poll() for w in workers]
+            errors = [c for c in ended if c and c > 0]
+            return errors[0] if errors else bad[0]
+        if all(c == 0 for c in codes):
+            return 0
+        time.sleep(0.05)

@@ -1,0 +1,37 @@
+"""What a stage is given: its folder, its inputs, its peers, and a voice."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ltdd_scale.runtime.checkpoint import Checkpoints
+from ltdd_scale.runtime.progress import Progress
+from ltdd_scale.runtime.ranks import Ranks
+
+
+@dataclass
+class Context:
+    """`out` is the stage's own folder; `inputs` maps the names of earlier stages to theirs."""
+
+    ranks: Ranks
+    out: Path
+    inputs: dict[str, Path]
+    fingerprint: str
+    checkpoint_seconds: float
+    quiet: bool = False
+    auto_ranks: bool = field(default=True)  # nobody asked for this number of ranks: too many are idle, not an error
+
+    def input(self, name: str) -> Path:
+        return self.inputs[name]
+
+    def say(self, text: str) -> None:
+        if self.ranks.first and not self.quiet:
+            print(f"  {text}", file=sys.stderr, flush=True)
+
+    def progress(self, title: str, total: int, unit: str, done: int = 0) -> Progress:
+        return Progress(title, total, unit, self.quiet or not self.ranks.first, done)
+
+    def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
+        return Checkpoints(self.out / name, self.fingerprint, self.checkpoint_seconds)

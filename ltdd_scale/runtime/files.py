@@ -1,0 +1,98 @@
+"""Files that are whole or not there: tmp -> fsync -> rename -> fsync(dir), with hashes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltdd_scale.errors import UserError
+
+_SEAL = b"LTDD-sha256:"  # a sealed file ends in this and the 32-byte digest of all before it
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` so that a crash leaves the old file or the new one, never a torn one."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise explain(error, path) from error
+
+
+def explain(error: OSError, path: Path) -> UserError:
+    """A full disk or a read-only folder, in words."""
+    if error.errno == errno.ENOSPC:
+        return UserError(f"{path}: no space left on the device; free some and run the same command again: finished work is kept")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UserError(f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store")
+    return UserError(f"{path}: {error.strerror}")
+
+
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_tensors(path: str | Path, value: Any) -> None:
+    """`torch.save` into a sealed file. Equal values give equal bytes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    content = buffer.getvalue()
+    write_bytes(path, content + _SEAL + hashlib.sha256(content).digest())
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a sealed file's bytes carry their own hash."""
+    body = content[: -32 - len(_SEAL)]
+    return content[len(body) : -32] == _SEAL and hashlib.sha256(body).digest() == content[-32:]
+
+
+def load_tensors(path: str | Path, device: Any = "cpu") -> Any:
+    """Read what `save_tensors` wrote. Raises `UserError` where the bytes are not those that were written."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not is_whole(content):
+        raise UserError(f"{path} is damaged (its hash does not match); delete it and run the same command again")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)

@@ -1,0 +1,117 @@
+"""Process group, device, precision, and random numbers that do not know the rank."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ltdd_scale.errors import UserError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@dataclass
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world: int
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place. Exact, and so independent of the number of ranks, where all but one rank hold zeros."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def autocast(self):
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def to_device(self, model: torch.nn.Module) -> torch.nn.Module:
+        """On the device, channels-last on a GPU (on a CPU oneDNN picks its own layout)."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
+
+
+def join(device: str, precision: str, threads: int) -> Ranks:
+    """Join the process group that torchrun (or `ltdd-scale --nproc`) describes in the environment, or be alone.
+
+    Raises `UserError` for a half-set environment and for a GPU that is not there.
+    """
+    given = [name for name in _NEEDED if name in os.environ]
+    if given and len(given) < len(_NEEDED):
+        missing = ", ".join(name for name in _NEEDED if name not in os.environ)
+        raise UserError(f"the environment has {', '.join(given)} but not {missing}: start with torchrun or --nproc, or unset them")
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(_NEEDED, (0, 1, 0), strict=True))
+    kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, or check the driver")
+        if local >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc")
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(threads)
+    if world > 1 and not dist.is_initialized():
+        # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
+        dist.init_process_group(
+            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+            init_method=os.environ.get("LTDD_RENDEZVOUS", "env://"),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(days=2),
+        )
+    wants = "bfloat16" if precision == "auto" and kind == "cuda" else "float32" if precision == "auto" else precision
+    return Ranks(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), torch.bfloat16 if wants == "bfloat16" else None)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    """A counter-based generator keyed by (seed, purpose, epoch, …): the same numbers on any rank, after any resume."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def torch_seed(*key: int | str) -> int:
+    """A seed for torch's own generator (initial weights, dropout) from the same kind of key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
