@@ -21,9 +21,9 @@ from ltdd_scale.data import sampling
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import normalizer, open_images
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files
+from ltdd_scale.models.moments import fair_statistics, position_sums
+from ltdd_scale.runtime import tensors
 from ltdd_scale.runtime.context import Context
 
 
@@ -60,34 +60,6 @@ class ClassMoments:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ x and Σ x² over the positions of each image and channel, float64 [n, channels], for x [n, channels, H, W]."""
-    n, c, h, w = x.shape
-    if x.device.type == "cpu" and x.is_contiguous():
-        # Blocks of float32 products added in float64: each block is short enough that float32 holds it to 1e-7,
-        # and a matrix product is several times faster than a float64 reduction.
-        flat = x.float().reshape(n * c, 1, h * w)
-        squares = torch.bmm(flat, flat.transpose(1, 2))
-        return x.sum((2, 3), dtype=torch.float64), squares.reshape(n, c).double()
-    x = x.double()
-    return x.sum((2, 3)), (x * x).sum((2, 3))
-
-
-def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean [C], var [C], class means [K, C], class E[x²] [K, C]) of one layer from its moments [K, 1 + 2C], all float64.
-
-    ``mixture``: var = mean_c E_c[x²] − μ², exact for the class-balanced population; ``within``: mean_c σ²_c, which leaves out the
-    spread between classes. Raises `UserError` for a class without images.
-    """
-    count, channels = moments[:, :1], (moments.shape[1] - 1) // 2
-    if (count == 0).any():
-        raise UserError(f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; it cannot have statistics")
-    means, squares = moments[:, 1 : 1 + channels] / count, moments[:, 1 + channels :] / count
-    mean = means.mean(0)
-    var = squares.mean(0) - mean**2 if variance == "mixture" else (squares - means**2).mean(0)
-    return mean, var.clamp(min=0), means, squares
 
 
 def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
@@ -132,7 +104,7 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, s
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write ``statistics.pt`` (layer → moments, float64 [K, 1 + 2C]; or layer → mean and var without calibration) and ``observer.pt``."""
     ranks, settings = context.ranks, config.calibrate
-    saved = files.load_tensors(context.input("observer") / "weights.pt")
+    saved = tensors.load(context.input("observer") / "weights.pt")
     model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     norms = registry.norm_layers(model)
     statistics: dict[str, Any] = {"fair": config.strategies.calibrate, "batchnorm": list(norms), "moments": {}, "running": {}}
@@ -145,14 +117,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             title = "calibrate" if settings.passes == 1 else f"calibrate, pass {number + 1} of {settings.passes}"
             moments = collect(model, layers, images, normalize, settings, context, title, ViewSpec(config.data.resolution))
             for name, layer in norms.items():
-                mean, var, _, _ = fair_statistics(moments[name], settings.variance)
+                mean, var = fair_statistics(moments[name], settings.variance)
                 layer.running_mean.copy_(mean)
                 layer.running_var.copy_(var)
         statistics["moments"] = {name: value.cpu() for name, value in moments.items()}
     for name, layer in norms.items():
         statistics["running"][name] = (layer.running_mean.cpu(), layer.running_var.cpu())
     if ranks.first:
-        files.save_tensors(context.out / "statistics.pt", statistics)
+        tensors.save(context.out / "statistics.pt", statistics)
         weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-        files.save_tensors(context.out / "observer.pt", {"recipe": saved["recipe"], "model": weights})
+        tensors.save(context.out / "observer.pt", {"recipe": saved["recipe"], "model": weights})
     return {"layers": len(norms), "channels": sum(m.num_features for m in norms.values())}

@@ -35,8 +35,7 @@ class Data:
     train_list: str = option("", "list: file of 'path label' lines, plain or .gz; relative names are looked up under data.path")
     val_list: str = option("", "list: the same for validation; empty: none")
     test_list: str = option("", "list: the same for testing")
-    profile: str = option("exponential", "exponential: n_c = int(n_max · IF^(−c/(C−1))); counts: as given; full: all there is",
-                          choices=("exponential", "counts", "full"))
+    profile: str = option("exponential", "exponential: n_c = int(n_max · IF^(−c/(C−1))); counts: as given; full: all there is", choices=("exponential", "counts", "full"))
     imbalance_factor: float = option(1.0, "exponential: largest over smallest class", low=1)
     max_per_class: int = option(0, "exponential: n_max; 0: the size of the largest class", low=0)
     counts: list[int] = option([], "counts: images of each class, in label order")
@@ -121,8 +120,11 @@ class Recover:
 class Relabel:
     """Soft labels."""
 
-    labels: str = option("online", "online: teacher at student time; stored: top-k logits of every epoch's view; single: one soft label an image; hard: classes",
-                         choices=("online", "stored", "single", "hard"))
+    labels: str = option(
+        "online",
+        "online: teacher at student time; stored: top-k logits of every epoch's view; single: one soft label an image; hard: classes",
+        choices=("online", "stored", "single", "hard"),
+    )
     topk: int = option(0, "stored: logits kept an image and epoch; 0: all", low=0)
     epochs: int = option(0, "stored: epochs of labels, used in turn; 0: as many as the student has", low=0)
     adjust: bool = option(False, "ADSA: subtract τ·log π from the teacher's logits, τ found on the distilled images")

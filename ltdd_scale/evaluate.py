@@ -24,12 +24,10 @@ from ltdd_scale.data.longtail import GROUPS
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, tensors
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng, torch_seed
 
-SETS = ("random", "initial", "distilled")
-LABELS = ("online", "stored", "single", "hard")
 NUMBERS = ("top1", "top5", "class_std", "many", "medium", "few")
 
 
@@ -59,7 +57,9 @@ def student_loss(logits: torch.Tensor, classes: torch.Tensor, teacher: torch.Ten
     return ce if teacher is None else kappa_ce * ce + kappa_mse * F.mse_loss(logits, teacher)
 
 
-def train_student(student: nn.Module, images, labels: softlabels.Labels, teacher, normalize, spec: ViewSpec, settings: Evaluate, epochs: int, seed: str, context: Context, title: str):
+def train_student(
+    student: nn.Module, images, labels: softlabels.Labels, teacher, normalize, spec: ViewSpec, settings: Evaluate, epochs: int, seed: str, context: Context, title: str
+):
     """Train on `images` (anything with `stream`, `sizes`, `labels`); return the averaged network and the loss of each epoch."""
     ranks, n = context.ranks, len(images.labels)
     steps = -(-n // settings.batch_size)
@@ -181,7 +181,7 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     else:
         folder = context.input("recover" if which == "distilled" else "initialize")
         images = MemoryImages(*arrays.load_classes(folder, num_classes), ranks.device)
-    saved = files.load_tensors(context.input("teacher") / "weights.pt")
+    saved = tensors.load(context.input("teacher") / "weights.pt")
     teacher = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     spec = softlabels.view_spec(settings, size, config.data.mirror)
     epochs = settings.full_epochs if which == "full" else settings.epochs
@@ -199,22 +199,6 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     row = {**unit, "ipc": None if which == "full" else config.ipc, **result}
     files.write_json(context.out / "result.json", {"row": row, "loss": [round(v, 5) for v in history]})
     return {"top1": result["top1"], "class_std": result["class_std"]}
-
-
-def units(config: Config) -> list[dict[str, Any]]:
-    """All students that the config asks for."""
-    settings, out = config.evaluate, []
-    kind = config.relabel.labels
-    for net in settings.nets or [config.teacher.net]:
-        cells = [("distilled", kind)]
-        if settings.random:
-            cells.append(("random", kind))
-        if settings.full_epochs:
-            cells.append(("full", "hard" if kind == "hard" else "online"))
-        if settings.matrix:
-            cells += [(s, y) for s in SETS for y in LABELS if (s, y) not in cells]
-        out += [{"set": s, "labels": y, "net": net, "seed": config.seed + k} for s, y in cells for k in range(settings.seeds)]
-    return out
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,13 +227,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     rows = [f["row"] for f in found]
     kind = config.relabel.labels
     shown = [r for r in rows if r["set"] == "full" or (r["labels"] == kind and r["set"] in ("distilled", "random"))]
-    saved = files.load_tensors(context.input("teacher") / "weights.pt")
+    saved = tensors.load(context.input("teacher") / "weights.pt")
     split, held = ShardSplit(context.input("shard"), "train"), ShardSplit(context.input("shard"), config.evaluate.split)
     normalize = normalizer(split.mean, split.std, ranks.device)
     images = open_images(held, config.data.resolution, ranks.device, config.runtime.memory_gb, config.runtime.workers)
     experts = {}
-    for role, path in (("teacher", context.input("teacher") / "weights.pt"), ("observer", context.input("observer") / "weights.pt"), ("calibrated observer", context.input("calibrate") / "observer.pt")):
-        saved = files.load_tensors(path)
+    for role, path in (
+        ("teacher", context.input("teacher") / "weights.pt"),
+        ("observer", context.input("observer") / "weights.pt"),
+        ("calibrated observer", context.input("calibrate") / "observer.pt"),
+    ):
+        saved = tensors.load(path)
         model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
         experts[role] = {"net": saved["recipe"]["net"], **metrics(predict(model, images, normalize, ranks), held.labels, split.manifest["groups"])}
     curves = {f"{r['set']} {r['labels']} {r['net']}": f["loss"] for r, f in zip(rows, found, strict=True) if r["seed"] == config.seed}

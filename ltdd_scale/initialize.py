@@ -19,7 +19,7 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import normalizer, open_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, tensors
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng
 
@@ -107,7 +107,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     images = open_images(split, size, ranks.device, config.runtime.memory_gb, 0)
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = ViewSpec(size, tuple(config.initialize.crop_scale), mirror=config.data.mirror)
-    saved = files.load_tensors(context.input("teacher") / "weights.pt")
+    saved = tensors.load(context.input("teacher") / "weights.pt")
     teacher = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     mine = sampling.spread(split.counts, ranks.world)[ranks.rank]
     names = split.names
@@ -128,4 +128,3 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     ranks.barrier()
     attempts = [max((row.get("attempt", 0) for row in files.read_json(context.out / f"{c:05d}.json")), default=0) for c in range(len(split.classes))]
     return {"classes needing further crops": sum(a > 0 for a in attempts)}
-

@@ -15,6 +15,7 @@ from ltdd_scale import config as configuration
 from ltdd_scale.config import Config
 from ltdd_scale.data import arrays
 from ltdd_scale.data.shards import ShardSplit, square
+from ltdd_scale.report import SHOWN, table
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import duration
 
@@ -47,7 +48,9 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
     y = lambda v: 14 + plot * (1 - v / 100)  # noqa: E731
     out = [f'<svg viewBox="0 0 {width} {height + 18}" width="100%">']
     for tick in (0, 25, 50, 75, 100):
-        out.append(f'<line x1="{left}" x2="{width - 10}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e2e8f0"/><text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+        out.append(
+            f'<line x1="{left}" x2="{width - 10}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e2e8f0"/><text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>'
+        )
     bar = step * 0.82 / max(len(series), 1)
     for k, (name, values) in enumerate(series.items()):
         for i, c in enumerate(order):
@@ -55,7 +58,9 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
                 f'<rect x="{left + i * step + step * 0.09 + k * bar:.2f}" y="{y(values[c]):.1f}" width="{bar * 0.95:.2f}" height="{plot * values[c] / 100:.1f}" '
                 f'fill="{COLOURS[k]}"><title>{html.escape(classes[c])}: {name} {values[c]:.1f} %, {counts[c]} training images</title></rect>'
             )
-        out.append(f'<rect x="{left + k * 190}" y="{height + 4}" width="11" height="11" fill="{COLOURS[k]}"/><text x="{left + 16 + k * 190}" y="{height + 13}">{html.escape(name)}</text>')
+        out.append(
+            f'<rect x="{left + k * 190}" y="{height + 4}" width="11" height="11" fill="{COLOURS[k]}"/><text x="{left + 16 + k * 190}" y="{height + 13}">{html.escape(name)}</text>'
+        )
     scale = np.log10(np.maximum(counts[order], 1)) / max(np.log10(counts.max()), 1e-9) * 100
     line = " ".join(f"{left + (i + 0.5) * step:.1f},{y(v):.1f}" for i, v in enumerate(scale))
     out.append(f'<polyline points="{line}" fill="none" stroke="#94a3b8" stroke-width="1.5" stroke-dasharray="4 3"/>')
@@ -63,7 +68,9 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
     if len(classes) <= 40:
         for i, c in enumerate(order):
             x = left + (i + 0.5) * step
-            out.append(f'<text x="{x:.1f}" y="{height - bottom + 12}" text-anchor="end" transform="rotate(-35 {x:.1f} {height - bottom + 12})">{html.escape(classes[c][:14])} · {counts[c]}</text>')
+            out.append(
+                f'<text x="{x:.1f}" y="{height - bottom + 12}" text-anchor="end" transform="rotate(-35 {x:.1f} {height - bottom + 12})">{html.escape(classes[c][:14])} · {counts[c]}</text>'
+            )
     return "".join(out) + "</svg>"
 
 
@@ -115,8 +122,8 @@ def _sheets(config: Config, nodes: dict, store: Path, split: ShardSplit) -> str:
     n = min(config.ipc, 8 if size <= 64 else 4)
 
     def fill(images: np.ndarray) -> np.ndarray:
-        blank = np.full((n - len(images), 3, size, size), 245, np.uint8)
-        return np.concatenate([images[:n], blank]) if len(blank) else images[:n]
+        blank = np.full((max(n - len(images), 0), 3, size, size), 245, np.uint8)
+        return np.concatenate([images[:n], blank])
 
     real, initial, recovered = [], [], []
     for c in shown:
@@ -131,8 +138,6 @@ def _sheets(config: Config, nodes: dict, store: Path, split: ShardSplit) -> str:
 
 
 def render(config: Config, nodes: dict, store: Path, split: ShardSplit, results: dict[str, Any], matrix: str) -> str:
-    from ltdd_scale.report import SHOWN, table
-
     summary = results["summary"]
     kind, counts = summary["labels"], split.counts
     main = table({**results, "matrix": []})
@@ -154,11 +159,7 @@ def render(config: Config, nodes: dict, store: Path, split: ShardSplit, results:
     stages.insert(-1, ("students", f"{duration(seconds)} of one rank", "", f"{len(summary['students'])} cells × {config.evaluate.seeds} seeds"))
     software = files.read_json(nodes["evaluate"].folder(store) / "stage.json")["software"]
     timing = "".join(f"<tr>{''.join(f'<td class=t>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in stages)
-    online = (
-        '<p class="note">With online labels the teacher sees every view, so almost any images will do: read this column beside the others.</p>'
-        if kind == "online"
-        else ""
-    )
+    online = '<p class="note">With online labels the teacher sees every view, so almost any images will do: read this column beside the others.</p>' if kind == "online" else ""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(config.name)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(config.name)}</h1>
 <p class="note">{config.ipc} images a class for {len(counts)} classes, from {counts.sum():,} long-tailed images ({counts.max()} … {counts.min()} a class); {config.data.resolution} px; {html.escape(kind)} labels;

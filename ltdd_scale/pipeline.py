@@ -1,58 +1,31 @@
-"""The stages as a graph: what is done, what is stale, what is next.
-
-A node's folder is named by its fingerprint: a hash of the part of the config that the stage reads, of its inputs' fingerprints and of the stage's
-version. So two IPCs of one set share experts and calibration without anyone saying so, a finished command does nothing when run again, and a changed
-setting redoes just what depends on it. A folder is complete when its ``stage.json`` (written last, with size and hash of every file) is there and true.
-"""
+"""Bringing the graph up to date: which stage runs next, on which ranks, and what makes its folder complete."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import platform
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
 from ltdd_scale import __version__, calibrate, evaluate, initialize, recover, relabel
-from ltdd_scale.config import Config, to_dict
+from ltdd_scale.config import Config
 from ltdd_scale.data import sampling, shards, sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import train
+from ltdd_scale.graph import VERSIONS, Node, complete, damage, graph, needed
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import duration
 from ltdd_scale.runtime.ranks import Ranks
-
-# Raised when a stage's results change for the same settings: what was made before is then stale.
-VERSIONS = {"shard": 1, "experts": 1, "calibrate": 1, "initialize": 1, "recover": 1, "relabel": 1, "student": 1, "evaluate": 1}
-STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "evaluate")
-
-
-@dataclass
-class Node:
-    """One stage with its settings: `run(config, context)` fills the folder `stage`/`fingerprint` of the store."""
-
-    name: str
-    stage: str
-    run: Callable[[Config, Context], dict[str, Any]]
-    reads: dict[str, Any]
-    inputs: list[str]
-    fingerprint: str = ""
-    effort: float = 1.0  # relative, for sharing students out over ranks
-
-    def folder(self, store: Path) -> Path:
-        return store / self.stage / self.fingerprint
 
 
 def _run_shard(config: Config, context: Context) -> dict[str, Any]:
@@ -69,83 +42,17 @@ def _run_shard(config: Config, context: Context) -> dict[str, Any]:
     return {"train": sum(counts), "largest": max(counts), "smallest": min(counts), "quarantined": manifest["quarantined"]}
 
 
-def graph(config: Config) -> dict[str, Node]:
-    """All nodes of the config by name, inputs before what needs them, fingerprints set."""
-    c = to_dict(config)
-    net = {"seed": c["seed"], "resolution": config.data.resolution, "mirror": config.data.mirror, "precision": config.runtime.precision}
-    data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror")}
-    judged = {k: v for k, v in c["evaluate"].items() if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")}
-    nodes: dict[str, Node] = {}
-
-    def add(name: str, stage: str, run: Callable, reads: dict, inputs: list[str], effort: float = 1.0) -> None:
-        node = Node(name, stage, run, reads, inputs, effort=effort)
-        above = {i: nodes[i].fingerprint for i in inputs}
-        text = json.dumps([stage, VERSIONS[stage], reads, above], sort_keys=True)
-        node.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        nodes[name] = node
-
-    add("shard", "shard", _run_shard, data, [])
-    for role in ("observer", "teacher"):
-        reads = {"role": role, role: c[role], "debias": config.strategies.debias, **net}
-        add(role, "experts", partial(train.run, role), reads, ["shard"])
-    add("calibrate", "calibrate", calibrate.run, {"on": config.strategies.calibrate, **c["calibrate"], **net}, ["shard", "observer"])
-    reads = {"confident": config.strategies.confident_init, "ipc": config.ipc, **c["initialize"], **net}
-    add("initialize", "initialize", initialize.run, reads, ["shard", "teacher"])
-    add("recover", "recover", recover.run, {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net}, ["shard", "calibrate", "initialize"])
-    reads = {**c["relabel"], **net, **({**judged, "epochs": config.evaluate.epochs} if config.relabel.labels == "stored" else {})}
-    add("relabel", "relabel", relabel.run, reads, ["shard", "teacher", "recover"])
-    students = []
-    for unit in evaluate.units(config):
-        which = unit["set"]
-        inputs = ["shard", "teacher", *{"distilled": ["recover", "relabel"], "initial": ["initialize"]}.get(which, [])]
-        epochs = config.evaluate.full_epochs if which == "full" else config.evaluate.epochs
-        reads = {**unit, **judged, "epochs": epochs, "ipc": None if which == "full" else config.ipc, **c["relabel"], **net}
-        reads.update(width=config.teacher.width, norm=config.teacher.norm)
-        name = f"student/{which}-{unit['labels']}-{unit['net']}-s{unit['seed']}"
-        add(name, "student", partial(evaluate.run_student, unit), reads, inputs, effort=epochs * (20 if which == "full" else 1))
-        students.append(name)
-    add("evaluate", "evaluate", evaluate.run, {"labels": config.relabel.labels, **c["evaluate"]}, ["shard", "observer", "teacher", "calibrate", *students])
-    return nodes
-
-
-def needed(nodes: dict[str, Node], targets: list[str]) -> list[str]:
-    """`targets` and all that they depend on, in order."""
-    want: set[str] = set()
-
-    def visit(name: str) -> None:
-        if name not in want:
-            want.add(name)
-            for i in nodes[name].inputs:
-                visit(i)
-
-    for target in targets:
-        visit(target)
-    return [name for name in nodes if name in want]
-
-
-def complete(folder: Path) -> dict[str, Any] | None:
-    """The ``stage.json`` of a finished folder whose files all have the recorded sizes, or None."""
-    record = folder / "stage.json"
-    if not record.exists():
-        return None
-    saved = files.read_json(record)
-    for name, (size, _) in saved["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != size:
-            return None
-    return saved
-
-
-def damage(folder: Path) -> list[str]:
-    """Every file of a finished folder whose bytes are not the recorded ones, a line each."""
-    saved, wrong = files.read_json(folder / "stage.json"), []
-    for name, (size, digest) in saved["files"].items():
-        path = folder / name
-        if not path.exists():
-            wrong.append(f"{path}: missing")
-        elif path.stat().st_size != size or files.sha256(path) != digest:
-            wrong.append(f"{path}: damaged (its hash does not match)")
-    return wrong
+def _run(node: Node, config: Config, context: Context) -> dict[str, Any]:
+    """The node's stage; the facts that it wants in ``stage.json``."""
+    match node.stage:
+        case "shard":
+            return _run_shard(config, context)
+        case "experts":
+            return train.run(node.work, config, context)
+        case "student":
+            return evaluate.run_student(node.work, config, context)
+    stage = {"calibrate": calibrate, "initialize": initialize, "recover": recover, "relabel": relabel, "evaluate": evaluate}[node.stage]
+    return stage.run(config, context)
 
 
 _VERIFIED: set[Path] = set()
@@ -173,19 +80,6 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"waiting: another run is at work on {folder}")
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
-
-
-def is_running(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    fd = os.open(folder / ".lock", os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
     finally:
         os.close(fd)
 
@@ -224,17 +118,19 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
         for i in inputs.values():
             _trust(i)
     begin = time.monotonic()
+    # Students run side by side: only rank 0's draws its progress.
+    quiet = quiet or os.environ.get("RANK", "0") != "0"
     context = Context(ranks, folder, inputs, node.fingerprint, config.runtime.checkpoint_seconds, quiet, auto_ranks)
     if not ranks.first:
         if ranks.share(None):  # rank 0 has the lock now and says whether there is work left
-            node.run(config, context)
+            _run(node, config, context)
             ranks.barrier()
         return
     try:
         with _alone(folder, context.say):
             if ranks.share(not complete(folder)):
                 (folder / "stage.json").unlink(missing_ok=True)
-                facts = node.run(config, context)
+                facts = _run(node, config, context)
                 ranks.barrier()
                 _seal(node, store, facts, time.monotonic() - begin, ranks)
     except OSError as error:

@@ -13,7 +13,7 @@ from ltdd_scale.data import arrays
 from ltdd_scale.data.loader import MemoryImages, normalizer
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, tensors
 from ltdd_scale.runtime.context import Context
 
 
@@ -31,7 +31,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         return facts
     pixels, classes = arrays.load_classes(context.input("recover"), len(split.classes))
     images = MemoryImages(pixels, classes, ranks.device)
-    saved = files.load_tensors(context.input("teacher") / "weights.pt")
+    saved = tensors.load(context.input("teacher") / "weights.pt")
     teacher = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = softlabels.view_spec(config.evaluate, config.data.resolution, config.data.mirror)
@@ -49,9 +49,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         for k, epoch in enumerate(mine):
             path = context.out / f"epoch-{epoch:05d}-values.npy"
             if not path.exists():
-                packed = softlabels.store_epoch(
-                    images, teacher, normalize, spec, facts["seed"], epoch, config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks
-                )
+                packed = softlabels.store_epoch(images, teacher, normalize, spec, facts["seed"], epoch, config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)
                 for part in sorted(packed):  # classes before values, whose presence says that the epoch is done
                     arrays.save(context.out / f"epoch-{epoch:05d}-{part}.npy", packed[part])
             progress.update(k + 1)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import yaml
 
 from ltdd_scale import config as configuration
-from ltdd_scale import pipeline, report
+from ltdd_scale import graph, report
 from ltdd_scale.config import Config
-from ltdd_scale.data import shards
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import files, ranks
+from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import duration
 
 ABLATIONS = {
@@ -54,11 +53,14 @@ class Session:
         files.write_text(self.out / "config.yaml", configuration.to_yaml(self.config))
 
     def pending(self) -> bool:
-        nodes = pipeline.graph(self.config)
-        return any(not pipeline.complete(nodes[t].folder(self.store)) for t in self.targets)
+        nodes = graph.graph(self.config)
+        return any(not graph.complete(nodes[t].folder(self.store)) for t in self.targets)
 
     def work(self, auto_ranks: bool) -> None:
         """Do what is left, on as many ranks as the environment says."""
+        from ltdd_scale import pipeline  # torch takes seconds to import: only where there is work
+        from ltdd_scale.runtime import ranks
+
         runtime = self.config.runtime
         peers = ranks.join(runtime.device, runtime.precision, runtime.threads)
         try:
@@ -69,15 +71,18 @@ class Session:
 
     def finish(self, reporting: bool) -> int:
         """Note what is done; write the report; say where things are."""
-        nodes = pipeline.graph(self.config)
-        names = pipeline.needed(nodes, self.targets)
+        nodes = graph.graph(self.config)
+        names = graph.needed(nodes, self.targets)
         record = files.read_json(self.out / "run.json")
         record["stages"].update({n: f"{nodes[n].stage}/{nodes[n].fingerprint}" for n in names if not n.startswith("student/")})
         files.write_json(self.out / "run.json", record)
         if reporting:
-            if not pipeline.complete(nodes["evaluate"].folder(self.store)):
+            if not graph.complete(nodes["evaluate"].folder(self.store)):
                 raise UserError(f"{self.out} is not evaluated yet: run 'ltdd-scale run' first")
-            report.write(self.config, nodes, self.store, self.out)
+            if not report.is_current(self.config, nodes, self.out):
+                from ltdd_scale import export
+
+                export.write(self.config, nodes, self.store, self.out)
             print(report.table(files.read_json(self.out / "results.json")))
             print(f"\ndistilled images  {self.out / 'distilled' / 'images'}")
             print(f"results           {self.out / 'results.json'}, {self.out / 'results.md'}")
@@ -116,7 +121,7 @@ def status(run: Path) -> int:
     record = files.read_json(run / "run.json")
     config = configuration.Config()
     configuration._fill(config, yaml.safe_load((run / "config.yaml").read_text()), "")
-    nodes, store = pipeline.graph(config), Path(record["store"])
+    nodes, store = graph.graph(config), Path(record["store"])
     students = [n for n in nodes.values() if n.stage == "student"]
     print(f"{run}: {config.name}, IPC {config.ipc}")
     left = 0
@@ -124,13 +129,13 @@ def status(run: Path) -> int:
         if node.stage == "student":
             continue
         if name == "evaluate":
-            done = sum(bool(pipeline.complete(n.folder(store))) for n in students)
+            done = sum(bool(graph.complete(n.folder(store))) for n in students)
             print(f"  {'students':<12} {'done' if done == len(students) else 'missing':<9} {done} of {len(students)}")
         folder = node.folder(store)
-        saved = pipeline.complete(folder)
+        saved = graph.complete(folder)
         if saved:
             state, note = "done", f"{duration(saved['seconds'])} on {saved['ranks']} × {saved['device']}"
-        elif pipeline.is_running(folder):
+        elif graph.is_running(folder):
             state, note = "running", f"since {duration(time.time() - folder.stat().st_mtime)}"
         elif (folder / "stage.json").exists():
             state, note = "damaged", "a file is missing or of another size; the next run makes it again"
@@ -154,19 +159,20 @@ def verify(path: Path) -> int:
         folders += [path / "distilled"] * (path / "distilled" / "files.json").exists()
     else:
         folders = [path]
-    wrong, checked = [], 0
+    wrong = []
     for folder in folders:
         if (folder / "files.json").exists():
             found = report.damage(folder)
         elif (folder / "stage.json").exists():
-            found = pipeline.damage(folder)
+            found = graph.damage(folder)
         elif (folder / "manifest.json").exists():
+            from ltdd_scale.data import shards
+
             found = shards.verify(folder)
         else:
             raise UserError(f"{folder}: nothing to verify here (no run.json, stage.json, manifest.json or files.json)")
         print(f"{folder}: {'as recorded' if not found else f'{len(found)} damaged'}")
         wrong += found
-        checked += 1
     for line in wrong:
         print(f"error: {line}")
     return 1 if wrong else 0

@@ -6,8 +6,9 @@ found by (epoch, image) alone, whatever the batch size of who uses it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch

@@ -7,7 +7,7 @@ processes from memory-mapped shards. Both give float images in [0, 1] of the sam
 from __future__ import annotations
 
 import io
-from typing import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch

@@ -18,7 +18,7 @@ from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import losses
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, tensors
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng, torch_seed
 
@@ -116,9 +116,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
         raise UserError(f"observer.net={settings.net} with norm={settings.norm} has no BatchNorm layer to align: use observer.norm=batch or another net")
     images = open_images(split, size, ranks.device, config.runtime.memory_gb, config.runtime.workers)
     normalize = normalizer(split.mean, split.std, ranks.device)
-    spec = ViewSpec(
-        size, tuple(settings.crop_scale) if settings.crop_scale else None, settings.crop_padding, config.data.mirror, settings.randaugment, settings.magnitude
-    )
+    spec = ViewSpec(size, tuple(settings.crop_scale) if settings.crop_scale else None, settings.crop_padding, config.data.mirror, settings.randaugment, settings.magnitude)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     weights = losses.class_weights(split.counts, settings.reweight_power).to(ranks.device)
     steps = len(split) // settings.batch_size
@@ -139,7 +137,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     training: nn.Module = _Training(model)
     if ranks.world > 1:
         unused = not debiased or settings.debias == 0
-        training = nn.parallel.DistributedDataParallel(training, broadcast_buffers=False, find_unused_parameters=unused)
+        training = ranks.parallel(training, find_unused_parameters=unused)
     step, total = begin, steps * settings.epochs
     progress = context.progress(role, total, "steps", begin)
     model.train()
@@ -198,10 +196,9 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
         facts["val_top1"] = round(accuracy(model, ShardSplit(held, "val"), size, normalize, ranks), 2)
         context.say(f"{role}: {facts['val_top1']:.1f} % on validation images")
     if ranks.first:
-        files.save_tensors(context.out / "weights.pt", {"recipe": recipe, "model": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}})
+        tensors.save(context.out / "weights.pt", {"recipe": recipe, "model": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}})
         files.write_json(context.out / "log.json", history)
     return facts
-
 
 
 def _own(model: nn.Module, running: torch.Tensor) -> dict[str, Any]:

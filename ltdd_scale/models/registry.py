@@ -110,9 +110,7 @@ class TwoHeads(nn.Module):
         self.backbone, d = features, features.num_features
         self.fc, self.fc_cb = nn.Linear(d, num_classes), nn.Linear(d, num_classes)
         if projection:
-            self.projector = nn.Sequential(
-                nn.Linear(d, projection, bias=False), nn.BatchNorm1d(projection), nn.ReLU(inplace=True), nn.Linear(projection, projection)
-            )
+            self.projector = nn.Sequential(nn.Linear(d, projection, bias=False), nn.BatchNorm1d(projection), nn.ReLU(inplace=True), nn.Linear(projection, projection))
             self.predictor = nn.Sequential(
                 nn.Linear(projection, projection // 4, bias=False), nn.BatchNorm1d(projection // 4), nn.ReLU(inplace=True), nn.Linear(projection // 4, projection)
             )

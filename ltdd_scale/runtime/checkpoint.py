@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import tensors
 
 
 class Checkpoints:
@@ -27,8 +27,8 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:012d}.pt"
-        files.save_tensors(path, {"owner": self.owner, "step": step, "state": state})
-        if files.is_whole(path.read_bytes()):
+        tensors.save(path, {"owner": self.owner, "step": step, "state": state})
+        if tensors.is_whole(path.read_bytes()):
             for old in self._numbered()[self.keep :]:
                 old.unlink(missing_ok=True)
         self._last = time.monotonic()
@@ -41,7 +41,7 @@ class Checkpoints:
         """(step, state) of the newest valid checkpoint, or None. A damaged one is passed over for the one before."""
         for path in self._numbered():
             try:
-                saved = files.load_tensors(path, device)
+                saved = tensors.load(path, device)
             except UserError:
                 continue
             if saved["owner"] != self.owner:

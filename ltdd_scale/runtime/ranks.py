@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,13 @@ class Ranks:
         """On the device, channels-last on a GPU (on a CPU oneDNN picks its own layout)."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
+
+    def parallel(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """DDP that leaves buffers alone: by default it would overwrite every rank's BN statistics with rank 0's at each forward."""
+        with warnings.catch_warnings():
+            # torch 2.15 renames the option to one that still synchronises at the start; older releases know only this name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, **options)
 
 
 def join(device: str, precision: str, threads: int) -> Ranks:
