@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from ltdd_scale import __version__
@@ -111,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             code = _work(args, arguments)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # what all ranks found out is said once: rank 0's end ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:

@@ -86,7 +86,7 @@ class Calibrate:
 
     variance: str = option("mixture", "mixture: of the class-balanced population; within: mean of the class variances", choices=("mixture", "within"))
     conv_inputs: bool = option(False, "collect (and align) the inputs of convolutions too")
-    passes: int = option(1, "passes over the set; each later one re-measures behind the buffers of the one before", low=1)
+    passes: int = option(3, "passes over the set; new buffers change what later layers see, so each later pass measures again behind them", low=1)
     batch_size: int = option(128, "images a forward pass", low=1)
 
 
@@ -324,6 +324,13 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Config:
         _fill(config, nested, "")
     config.name = config.name or path.stem
     check(config)
+    return config
+
+
+def from_dict(values: dict) -> Config:
+    """The config that `to_dict` gave."""
+    config = Config()
+    _fill(config, values, "")
     return config
 
 

@@ -145,7 +145,7 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
             tau = made["tau"]
         else:
             tau = softlabels.adsa_tau(softlabels.single_logits(images, teacher, normalize, spec, settings.batch_size, None, ranks), images.labels, split.counts)
-        shift = torch.from_numpy(tau * np.log(split.counts / split.counts.sum())).float().to(ranks.device)
+        shift = softlabels.shift_of(tau, split.counts, ranks.device)
     seed, table = f"labels {config.seed}", None
     if kind == "single":
         if made:
@@ -155,10 +155,7 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
     elif kind == "stored":
         count = made["epochs"] if made else settings.epochs or epochs
         if made:
-            table = []
-            for e in range(count):
-                found = {p: context.input("relabel") / f"epoch-{e:05d}-{p}.npy" for p in ("values", "classes")}
-                table.append({p: np.load(path, mmap_mode="r") for p, path in found.items() if path.exists()})
+            table = softlabels.load_stored(context.input("relabel"), count)
         else:
             make = (images, teacher, normalize, spec, seed)
             rest = (config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)

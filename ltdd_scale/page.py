@@ -24,7 +24,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#1e293b}
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #cbd5e1}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6rem 0}th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0}
-th{font-weight:600;background:#f8fafc}td:first-child,th:first-child,td.t{text-align:left}tr.main td{font-weight:600;background:#eff6ff}
+td{white-space:nowrap}th{font-weight:600;background:#f8fafc}td:first-child,th:first-child,td.t{text-align:left}tr.main td{font-weight:600;background:#eff6ff}
 .note{color:#475569;font-size:.92em}img{image-rendering:pixelated;max-width:100%}pre{background:#f8fafc;padding:.8rem;overflow:auto;font-size:.82em}
 svg text{font:11px system-ui,sans-serif;fill:#334155}details summary{cursor:pointer}.sheet{overflow-x:auto}
 """
@@ -46,7 +46,7 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
     step = (width - left - 10) / len(classes)
     plot = height - bottom - 14
     y = lambda v: 14 + plot * (1 - v / 100)  # noqa: E731
-    out = [f'<svg viewBox="0 0 {width} {height + 18}" width="100%">']
+    out = [f'<svg viewBox="0 0 {width} {height + 34}" width="100%">']
     for tick in (0, 25, 50, 75, 100):
         out.append(
             f'<line x1="{left}" x2="{width - 10}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e2e8f0"/><text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>'
@@ -64,7 +64,7 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
     scale = np.log10(np.maximum(counts[order], 1)) / max(np.log10(counts.max()), 1e-9) * 100
     line = " ".join(f"{left + (i + 0.5) * step:.1f},{y(v):.1f}" for i, v in enumerate(scale))
     out.append(f'<polyline points="{line}" fill="none" stroke="#94a3b8" stroke-width="1.5" stroke-dasharray="4 3"/>')
-    out.append(f'<text x="{width - 12}" y="{height + 13}" text-anchor="end">dashed: training images a class, log scale, {counts.max()} … {counts.min()}</text>')
+    out.append(f'<text x="{width - 12}" y="{height + 29}" text-anchor="end">dashed: training images a class, log scale, {counts.max()} … {counts.min()}</text>')
     if len(classes) <= 40:
         for i, c in enumerate(order):
             x = left + (i + 0.5) * step

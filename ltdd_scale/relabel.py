@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-
 from ltdd_scale import softlabels
 from ltdd_scale.config import Config
 from ltdd_scale.data import arrays
@@ -39,7 +36,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     shift = None
     if settings.adjust:
         facts["tau"] = softlabels.adsa_tau(plain, classes, split.counts)
-        shift = shift_of(facts["tau"], split.counts, ranks.device)
+        shift = softlabels.shift_of(facts["tau"], split.counts, ranks.device)
     if settings.labels == "single" and ranks.first:
         arrays.save(context.out / "single.npy", (plain if shift is None else plain - shift).cpu().numpy())
     if settings.labels == "stored":
@@ -47,17 +44,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         mine = range(ranks.rank, facts["epochs"], ranks.world)
         progress = context.progress("relabel", len(mine), "epochs")
         for k, epoch in enumerate(mine):
-            path = context.out / f"epoch-{epoch:05d}-values.npy"
+            path = softlabels.stored_file(context.out, epoch, "values")
             if not path.exists():
                 packed = softlabels.store_epoch(images, teacher, normalize, spec, facts["seed"], epoch, config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)
                 for part in sorted(packed):  # classes before values, whose presence says that the epoch is done
-                    arrays.save(context.out / f"epoch-{epoch:05d}-{part}.npy", packed[part])
+                    arrays.save(softlabels.stored_file(context.out, epoch, part), packed[part])
             progress.update(k + 1)
     if ranks.first:
         files.write_json(context.out / "labels.json", facts)
     return facts
-
-
-def shift_of(tau: float, counts: np.ndarray, device) -> torch.Tensor:
-    """τ·log π, float32 [C]."""
-    return torch.from_numpy(tau * np.log(counts / counts.sum())).float().to(device)

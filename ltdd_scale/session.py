@@ -119,8 +119,7 @@ def status(run: Path) -> int:
     if not (run / "run.json").exists():
         raise UserError(f"{run} is not a run folder (no run.json in it)")
     record = files.read_json(run / "run.json")
-    config = configuration.Config()
-    configuration._fill(config, yaml.safe_load((run / "config.yaml").read_text()), "")
+    config = configuration.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     nodes, store = graph.graph(config), Path(record["store"])
     students = [n for n in nodes.values() if n.stage == "student"]
     print(f"{run}: {config.name}, IPC {config.ipc}")

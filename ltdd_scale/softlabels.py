@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,16 @@ def store_epoch(images, teacher, normalize, spec: ViewSpec, seed, epoch: int, cu
     return pack(logits if shift is None else logits - shift, topk)
 
 
+def stored_file(folder: Path, epoch: int, part: str) -> Path:
+    return folder / f"epoch-{epoch:05d}-{part}.npy"
+
+
+def load_stored(folder: Path, epochs: int) -> list[dict[str, np.ndarray]]:
+    """The packed epochs that relabel stored, memory-mapped."""
+    found = [{part: stored_file(folder, e, part) for part in ("values", "classes")} for e in range(epochs)]
+    return [{part: np.load(path, mmap_mode="r") for part, path in parts.items() if path.exists()} for parts in found]
+
+
 def single_logits(images, teacher, normalize, spec: ViewSpec, batch_size: int, shift, ranks) -> Tensor:
     """The teacher's logits on each whole, unaugmented image, float32 [n, C]."""
     order = np.arange(len(images.labels))
@@ -153,3 +164,8 @@ def adsa_tau(logits: Tensor, classes: np.ndarray, prior: np.ndarray, high: float
         spread = float(((onehot.T @ p)[:, 0] / onehot.sum(0)).std())
         best = min(best, (spread, float(tau)))
     return best[1]
+
+
+def shift_of(tau: float, counts: np.ndarray, device) -> torch.Tensor:
+    """τ·log π, float32 [C]."""
+    return torch.from_numpy(tau * np.log(counts / counts.sum())).float().to(device)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ltdd_scale.data import augment
 from ltdd_scale.data.augment import Views, ViewSpec
 from ltdd_scale.data.shards import ShardSplit, square
+from ltdd_scale.errors import UserError
 
 Plan = tuple[np.ndarray, Views | None]  # image indices and their views; no views: the whole image, centred
 
@@ -81,8 +82,15 @@ def _quiet_worker(_: int) -> None:
     import signal
 
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # the parent decides when to stop
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+
+def _said_plainly(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """The loader's batches; a worker's `UserError` without the worker's traceback around it."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from error
 
 
 class StreamedImages:
@@ -98,13 +106,13 @@ class StreamedImages:
         loader = DataLoader(
             _Decoding(self.split, plans, self.resolution),
             batch_size=None,
-            num_workers=min(self.workers, len(plans)),
+            num_workers=max(0, min(self.workers, len(plans) - 1)),  # one batch is not worth a process
             worker_init_fn=_quiet_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
         whole = np.float32([0, 0, 1, 1])
-        for (indices, views), images in zip(plans, loader, strict=True):
+        for (indices, views), images in zip(plans, _said_plainly(loader), strict=True):
             images = images.to(self.device, non_blocking=True).float() / 255
             if views is not None:  # the crop is done; mirroring and colours are not
                 rest = Views(np.tile(whole, (len(indices), 1)), views.mirrored, views.ops, views.signs)

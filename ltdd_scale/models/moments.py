@@ -30,7 +30,7 @@ def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     block = _block(h * w)
     flat = x.float().reshape(n * c * (h * w // block), 1, block)
     sums, squares = flat.sum(2), torch.bmm(flat, flat.transpose(1, 2))
-    return (part.reshape(n, c, -1).sum(2, dtype=torch.float64) for part in (sums, squares))
+    return sums.reshape(n, c, -1).sum(2, dtype=torch.float64), squares.reshape(n, c, -1).sum(2, dtype=torch.float64)
 
 
 def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,30 @@
+# `make quickstart` and `make test` set up what they need in .venv (or in VENV, if you have one already).
+PYTHON ?= python3
+VENV ?= .venv
+# One environment per set of dependencies: a changed setup.py builds a new one beside the old mark.
+STAMP := $(VENV)/.ltdd-$(shell sha256sum setup.py | cut -c1-12)
+
+.PHONY: quickstart test test-quick lint setup
+
+setup: $(STAMP)
+
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	@echo "installing torch and the rest (5 GB, some minutes) …"
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(VENV)/bin/ltdd-scale run configs/quickstart.yaml
+
+test: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest
+
+test-quick: setup
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

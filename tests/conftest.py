@@ -1,0 +1,70 @@
+"""Real processes, real files: what the tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+# A whole run in a few seconds: every stage does real work on real digits.
+TINY = """
+data: {source: digits, resolution: 8, mirror: false, max_per_class: 24, imbalance_factor: 6, test_per_class: 10, val_per_class: 5}
+ipc: 4
+observer: {net: convnet3, norm: batch, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
+teacher: {net: convnet3, norm: instance, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
+calibrate: {batch_size: 16}
+initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
+recover: {batch_size: 12, chunk_classes: 4, iterations: 12}
+relabel: {labels: stored, topk: 4, epochs: 3, batch_size: 16}
+evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
+"""
+
+
+def cli(*arguments, env: dict | None = None, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+    """`ltdd-scale ARGUMENTS` in a process of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_"))}
+    command = [sys.executable, "-m", "ltdd_scale", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, cwd=ROOT, **kwargs)
+
+
+def said_plainly(done: subprocess.CompletedProcess, *words: str) -> None:
+    """One line of error that has all `words`, no traceback, exit code ≠ 0."""
+    assert done.returncode != 0, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def image_folder(root: Path, classes: dict[str, int], split: str = "train", size: int = 8, seed: int = 0) -> None:
+    """Noise images root/split/<class>/<n>.png: for what happens to files, not for what they show."""
+    generator = np.random.default_rng(seed)
+    for name, count in classes.items():
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{k:03d}.png")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[Path, Path]:
+    """(config, run folder) of one finished tiny run on one rank; its store lies beside the run folder. Do not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = cli("run", folder / "tiny.yaml", "--out", folder / "run", "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    return folder / "tiny.yaml", folder / "run"

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ltdd_scale import calibrate
+from ltdd_scale.errors import UserError
+from ltdd_scale.models.moments import fair_statistics, position_sums
+
+
+def recursion(batches):
+    """The paper's dynamic momentum for one class and channel: α_t = B_t / (N_{t−1} + B_t), on x and on x²."""
+    mean = square = 0.0
+    seen = 0
+    for values in batches:
+        if not len(values):
+            continue
+        alpha = len(values) / (seen + len(values))
+        mean = (1 - alpha) * mean + alpha * np.mean(values)
+        square = (1 - alpha) * square + alpha * np.mean(np.square(values))
+        seen += len(values)
+    return mean, square
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_the_recursion_of_any_batching_and_order_is_sum_over_count(data):
+    n = data.draw(st.integers(3, 40))
+    seed = data.draw(st.integers(0, 1000))
+    generator = np.random.default_rng(seed)
+    x = torch.from_numpy(generator.normal(generator.normal(), 2.0, (n, 3, 4, 4))).float()
+    labels = torch.from_numpy(np.concatenate([[0, 1], generator.integers(0, 2, n - 2)]))
+    cuts = sorted(data.draw(st.lists(st.integers(1, n - 1), max_size=6)))
+    order = np.asarray(data.draw(st.permutations(range(n))))
+    layer = nn.BatchNorm2d(3).eval()
+    with calibrate.ClassMoments({"layer": layer}, 2, torch.device("cpu")) as found:
+        parts = [p for p in np.split(order, cuts) if len(p)]
+        for part in parts:
+            found.labels = labels[part]
+            layer(x[part])
+    moments = found.moments["layer"]
+    for c in range(2):
+        assert int(moments[c, 0]) == int((labels == c).sum()) * 16
+        for channel in range(3):
+            batches = [x[p][labels[p] == c][:, channel].double().numpy().ravel() for p in parts]
+            mean, square = recursion(batches)
+            assert np.isclose(mean, float(moments[c, 1 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6)
+            assert np.isclose(square, float(moments[c, 4 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 5, 7, 7), (2, 4, 56, 56), (1, 2, 113, 127), (2, 3, 17, 19)])
+def test_position_sums_are_float64_sums(shape):
+    x = torch.randn(shape) * 3 + 1
+    sums, squares = position_sums(x)
+    assert sums.dtype == squares.dtype == torch.float64
+    assert torch.allclose(sums, x.double().sum((2, 3)), rtol=1e-6, atol=1e-5) and torch.allclose(squares, (x.double() ** 2).sum((2, 3)), rtol=1e-6)
+    if shape[2] > 1:
+        moved = position_sums(x.contiguous(memory_format=torch.channels_last))
+        assert torch.allclose(moved[0], sums, rtol=1e-6, atol=1e-5)
+
+
+def test_mixture_is_the_balanced_population_and_within_leaves_out_the_means():
+    torch.manual_seed(0)
+    classes = [torch.randn(n, 2, dtype=torch.float64) * s + m for n, s, m in ((500, 1.0, 0.0), (20, 2.0, 4.0), (5, 0.5, -3.0))]
+    moments = torch.stack([torch.cat([torch.tensor([len(x)], dtype=torch.float64), x.sum(0), (x**2).sum(0)]) for x in classes])
+    mean, var = fair_statistics(moments, "mixture")
+    # The same population by brute force: every class repeated to the same size.
+    size = 500 * 20 * 5
+    balanced = torch.cat([x.repeat(size // len(x), 1) for x in classes])
+    assert torch.allclose(mean, balanced.mean(0)) and torch.allclose(var, balanced.var(0, correction=0))
+    _, within = fair_statistics(moments, "within")
+    assert torch.allclose(within, torch.stack([x.var(0, correction=0) for x in classes]).mean(0)) and bool((within < var).all())
+
+
+def test_a_class_without_images_is_an_error():
+    with pytest.raises(UserError, match="class 1 has no images"):
+        fair_statistics(torch.tensor([[2.0, 1, 1], [0, 0, 0]]), "mixture")
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 200))
+def test_units_hold_every_class_once_and_whole(counts, at_least):
+    units = calibrate.class_units(np.asarray(counts), at_least)
+    assert np.concatenate(units).tolist() == list(range(len(counts)))
+    assert all(sum(counts[c] for c in u) >= at_least for u in units[:-1])

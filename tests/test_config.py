@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ltdd_scale import config
+from ltdd_scale.errors import UserError
+
+from conftest import ROOT
+
+
+def write(tmp_path: Path, text: str, name: str = "a.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
+    c = config.load(write(tmp_path, "teacher: {lr: 1e-3, weight_decay: 5E-4}\n"), ["recover.lr=2e-2", "ipc=50"])
+    assert (c.teacher.lr, c.teacher.weight_decay, c.recover.lr, c.ipc) == (1e-3, 5e-4, 2e-2, 50)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("reocver: {lr: 1}", ["unknown config key 'reocver'"]),
+        ("recover: {lrr: 1}", ["unknown config key 'recover.lrr'", "iterations"]),
+        ("ipc: ten", ["ipc", "expected int", "'ten'"]),
+        ("ipc: 0", ["ipc", "at least 1"]),
+        ("ipc: 1.5", ["ipc", "expected int"]),
+        ("teacher: {lr: fast}", ["teacher.lr", "expected float"]),
+        ("data: {mirror: 1}", ["data.mirror", "expected bool"]),
+        ("data: {source: on}", ["data.source", "quote it"]),
+        ("data: {source: web}", ["data.source", "digits, folder, list"]),
+        ("data: {source: folder}", ["data.path"]),
+        ("recover: 3", ["recover", "expected settings"]),
+        ("recover: {betas: [1]}", ["recover.betas"]),
+        ("recover: {crop_scale: [0.9, 0.1]}", ["recover.crop_scale"]),
+        ("data: {imbalance_factor: 0.5}", ["data.imbalance_factor", "at least 1"]),
+        ("evaluate: {split: val}", ["val_per_class"]),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_a_wrong_config_names_the_key(tmp_path, text, words):
+    with pytest.raises(UserError) as caught:
+        config.load(write(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_base_is_laid_under(tmp_path):
+    write(tmp_path, "ipc: 10\nrecover: {lr: 0.1, iterations: 7}\n", "base.yaml")
+    c = config.load(write(tmp_path, "base: base.yaml\nipc: 50\nrecover: {lr: 0.2}\n", "top.yaml"))
+    assert (c.name, c.ipc, c.recover.lr, c.recover.iterations) == ("top", 50, 0.2, 7)
+    write(tmp_path, "base: loop.yaml\n", "loop.yaml")
+    with pytest.raises(UserError, match="leads back to itself"):
+        config.load(tmp_path / "loop.yaml")
+
+
+def test_settings_without_effect_are_said(tmp_path):
+    c = config.load(write(tmp_path, "teacher: {net: resnet32, width: 64}\nrelabel: {topk: 5}\n"))
+    said = " ".join(config.check(c))
+    assert "teacher.width" in said and "relabel.topk" in said
+
+
+def test_every_config_loads_and_survives_a_round_trip():
+    found = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(found) >= 10
+    for path in found:
+        c = config.load(path)
+        assert config.from_dict(yaml.safe_load(config.to_yaml(c))) == c
+        assert config.check(c) == []
+
+
+def test_the_reference_has_every_key():
+    text = config.reference()
+
+    def walk(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                assert f"{prefix}{key} = " in text
+
+    walk(config.to_dict(config.Config()))

@@ -1,0 +1,136 @@
+"""World-size invariance, resume after SIGKILL, sharing: with real processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, cli
+
+EXACT = ("calibrate", "initialize", "recover", "relabel")
+
+
+def digests(store: Path) -> dict[str, dict]:
+    """Hashes of every file of every finished stage."""
+    return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_same_bytes_on_one_two_and_three_ranks(finished, tmp_path, world):
+    """Calibration, initialisation, recovery and relabelling from the same experts."""
+    config, run = finished
+    done = run.parent / "store"
+    for stage in ("shard", "experts"):
+        shutil.copytree(done / stage, tmp_path / "store" / stage)
+    ran = cli("relabel", config, "--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", world)
+    assert ran.returncode == 0, ran.stderr
+    ours, theirs = digests(tmp_path / "store"), digests(done)
+    compared = [k for k in ours if k.split("/")[0] in EXACT]
+    assert sorted(k.split("/")[0] for k in compared) == sorted(EXACT)
+    for key in compared:
+        assert ours[key] == theirs[key], key
+        assert json.loads((tmp_path / "store" / key / "stage.json").read_text())["ranks"] == world
+
+
+@pytest.mark.slow
+def test_training_on_two_ranks_follows_one(finished, tmp_path):
+    """The same sample order and draws; InstanceNorm has no batch statistics, so only the order of additions differs."""
+    config, run = finished
+    ran = cli("train", "teacher", config, "--out", tmp_path / "r", "--nproc", 2, "--set", "teacher.contrast=0")
+    alone = cli("train", "teacher", config, "--out", tmp_path / "q", "--store", tmp_path / "other", "--nproc", 1, "--set", "teacher.contrast=0")
+    assert ran.returncode == alone.returncode == 0, ran.stderr + alone.stderr
+    logs = [json.loads(next((tmp_path / s / "experts").glob("*/log.json")).read_text()) for s in ("store", "other")]
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (a, b)
+
+
+@pytest.mark.slow
+def test_torchrun_does_the_same(finished, tmp_path):
+    config, run = finished
+    shutil.copytree(run.parent / "store" / "shard", tmp_path / "store" / "shard")
+    shutil.copytree(run.parent / "store" / "experts", tmp_path / "store" / "experts")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ltdd_scale"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "run", str(config), "--out", str(tmp_path / "r")], capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = digests(tmp_path / "store"), digests(run.parent / "store")
+    assert all(ours[k] == theirs[k] for k in ours) and len(ours) >= 9
+    assert (tmp_path / "r" / "report.html").exists() and (tmp_path / "r" / "results.json").read_text() == (run / "results.json").read_text()
+
+
+def hurt(folder: Path, config: Path, fault: str, number: int, nproc: int = 1, rank: int | None = None) -> subprocess.CompletedProcess:
+    env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": fault, "LTDD_FAULT_MARK": str(folder / f"killed-{number}")}
+    if rank is not None:
+        env["LTDD_FAULT_RANK"] = str(rank)
+    return cli("run", config, "--out", folder / "run", "--nproc", nproc, "--set", "runtime.checkpoint_seconds=0", env=env)
+
+
+@pytest.mark.slow
+def test_killed_at_chosen_moments_ends_in_the_same_bytes(finished, tmp_path, tiny):
+    """Between write and rename, in the middle of a write, twice in a row, in every stage: one run that dies 14 times."""
+    faults = ["replace:1", "fsync:1", "replace:3", "replace:12", "fsync:11", "replace:6", "replace:6", "fsync:20", "replace:17", "replace:9", "fsync:5", "replace:14", "replace:8", "fsync:9"]
+    stages = set()
+    for number, fault in enumerate(faults):
+        done = hurt(tmp_path, tiny, fault, number)
+        mark = tmp_path / f"killed-{number}"
+        assert mark.exists() and done.returncode == -signal.SIGKILL, f"{fault} did not kill: {done.stderr}"
+        stages |= {s for s in ("shard", "experts", "calibrate", "initialize", "recover", "relabel", "student") if f"store/{s}/" in mark.read_text()}
+    done = cli("run", tiny, "--out", tmp_path / "run", "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "store") == digests(finished[1].parent / "store")
+    assert (tmp_path / "run" / "results.json").read_bytes() == (finished[1] / "results.json").read_bytes()
+    assert not list((tmp_path / "store").rglob("*.tmp")) and not list((tmp_path / "store").rglob("step-*.pt"))
+    assert len(list(tmp_path.glob("killed-*"))) == len(faults)
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_ends_in_the_same_bytes(finished, tmp_path, tiny):
+    chance, killed = random.Random(20), 0
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LTDD_")}
+    for _ in range(6):
+        command = [sys.executable, "-m", "ltdd_scale", "run", str(tiny), "--out", str(tmp_path / "run"), "--nproc", "1", "--set", "runtime.checkpoint_seconds=0"]
+        process = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(chance.uniform(2.0, 4.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert killed >= 2, "the run was over before it could be killed: this machine is faster than the test"
+    done = cli("run", tiny, "--out", tmp_path / "run", "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "store") == digests(finished[1].parent / "store")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_by_the_launcher(tmp_path, tiny):
+    """Two ranks, one dies: all go on from the checkpoints, in one command, to the bytes of an undisturbed run on two ranks."""
+    (tmp_path / "calm").mkdir()
+    calm = cli("run", tiny, "--out", tmp_path / "calm" / "run", "--nproc", 2)
+    assert calm.returncode == 0, calm.stderr
+    for number, (fault, rank) in enumerate([("replace:11", 0), ("fsync:2", 1)]):
+        folder = tmp_path / f"hurt-{number}"
+        folder.mkdir()
+        done = hurt(folder, tiny, fault, number, nproc=2, rank=rank)
+        assert (folder / f"killed-{number}").exists(), done.stderr
+        assert done.returncode == 0 and "killed by SIGKILL; starting again" in done.stderr, done.stderr
+        assert digests(folder / "store") == digests(tmp_path / "calm" / "store")
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_the_work(tmp_path):
+    """Two IPCs started together: the experts are trained once, by whoever is first; the other waits for them."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    command = [sys.executable, "-m", "ltdd_scale", "initialize", str(path), "--store", str(tmp_path / "store"), "--nproc", "1"]
+    runs = [subprocess.Popen([*command, "--out", str(tmp_path / f"r{ipc}"), "--set", f"ipc={ipc}"], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) for ipc in (2, 3)]
+    said = [r.communicate(timeout=200)[1] for r in runs]
+    assert all(r.returncode == 0 for r in runs), said
+    assert len(list((tmp_path / "store" / "experts").iterdir())) == 1 and len(list((tmp_path / "store" / "initialize").iterdir())) == 2
+    assert sum("waiting: another run" in s for s in said) == 1, said

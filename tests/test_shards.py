@@ -1,0 +1,151 @@
+import gc
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import image_folder
+from PIL import Image
+
+from ltdd_scale.config import Data
+from ltdd_scale.data import shards, sources
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.errors import UserError
+
+
+@pytest.fixture
+def source(tmp_path):
+    image_folder(tmp_path / "real", {"a": 9, "b": 5, "c": 2}, size=12)
+    image_folder(tmp_path / "real", {"a": 2, "b": 2, "c": 2}, "test", size=12, seed=1)
+    return lambda: sources.open_source(Data(source="folder", path=str(tmp_path / "real"), profile="full"))
+
+
+def written(folder, source, workers=1, **kwargs):
+    folder.mkdir()
+    return shards.write(folder, "set", source, kwargs.pop("shard_images", 5), kwargs.pop("store_resolution", 0), workers, quiet=True)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_same_bytes_whatever_the_number_of_workers(tmp_path, source):
+    written(tmp_path / "one", source(), 1)
+    written(tmp_path / "two", source(), 2)
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two")
+    assert [n for n in one if n.endswith("train-000003.tar")] and "manifest.json" in one
+
+
+def test_an_interrupted_write_goes_on_where_it_was(tmp_path, source, monkeypatch):
+    written(tmp_path / "whole", source())
+    folder, real, calls = tmp_path / "cut", shards._write_shard, []
+
+    def dies(path, *args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return real(path, *args)
+
+    monkeypatch.setattr(shards, "_write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        written(folder, source())
+    calls.clear()
+    monkeypatch.setattr(shards, "_write_shard", lambda path, *args: calls.append(path) or real(path, *args))
+    shards.write(folder, "set", source(), 5, 0, 1, quiet=True)
+    assert len(calls) == 4, "two of six shards were there already"
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # webdataset leaves files open
+def test_webdataset_reads_them(tmp_path, source):
+    manifest = written(tmp_path / "s", source())
+    urls = [str(tmp_path / "s" / s["file"]) for s in manifest["splits"]["train"]["shards"]]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls"))
+    gc.collect()
+    split = ShardSplit(tmp_path / "s", "train")
+    assert [label for _, label in read] == split.labels.tolist() and len(read) == 16
+    for i, (image, _) in enumerate(read):
+        assert (np.asarray(image) == np.asarray(split.image(i))).all()
+
+
+def test_the_index_has_dalis_offsets(tmp_path, source):
+    written(tmp_path / "s", source())
+    tar = tmp_path / "s" / "set-train-000000.tar"
+    content, lines = tar.read_bytes(), tar.with_suffix(".idx").read_text().splitlines()
+    assert lines[0] == "v1.2 5" and len(lines) == 6
+    with tarfile.open(tar) as archive:
+        for line in lines[1:]:
+            fields = line.split()
+            for ext, offset, size, name in (fields[:4], fields[4:]):
+                assert name.endswith(ext) and archive.extractfile(name).read() == content[int(offset) : int(offset) + int(size)]
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(tmp_path, source):
+    written(tmp_path / "s", source())
+    split = ShardSplit(tmp_path / "s", "train")
+    pixels = np.concatenate([np.asarray(split.image(i)).reshape(-1, 3) for i in range(len(split))]) / 255
+    assert np.allclose(split.mean, pixels.mean(0), atol=1e-6) and np.allclose(split.std, pixels.std(0), atol=1e-6)
+
+
+def test_odd_images_are_kept_or_quarantined_with_the_reason(tmp_path, source):
+    real = tmp_path / "real" / "train" / "a"
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    picture.save(real / "jpeg-named.png", "JPEG")
+    picture.convert("CMYK").save(real / "cmyk.jpg")
+    picture.convert("L").save(real / "grey.jpg")
+    picture.save(real / "other.bmp")
+    (real / "zero.png").write_bytes(b"")
+    (real / "text.jpg").write_text("not an image")
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    (real / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    manifest = written(tmp_path / "s", source())
+    quarantine = {row["name"].split("/")[-1]: row["reason"] for row in shards.files.read_json(tmp_path / "s" / "quarantine.json")}
+    assert set(quarantine) == {"zero.png", "text.jpg", "cut.jpg"} and all(quarantine.values())
+    assert manifest["splits"]["train"]["counts"] == [13, 5, 2] and manifest["splits"]["train"]["listed"] == [16, 5, 2]
+    split = ShardSplit(tmp_path / "s", "train")
+    names = [n.split("/")[-1] for n in split.names]
+    assert split.encoded(names.index("jpeg-named.png")) == (real / "jpeg-named.png").read_bytes()
+    assert split.image(names.index("cmyk.jpg")).size == (30, 40) and split.sizes[names.index("grey.jpg")].tolist() == [30, 40]
+
+
+def test_a_class_that_quarantine_empties_is_an_error(tmp_path, source):
+    for path in (tmp_path / "real" / "train" / "c").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"class 2 \(c\) has no image that decodes"):
+        written(tmp_path / "s", source())
+
+
+def test_damage_is_seen(tmp_path, source):
+    folder = tmp_path / "s"
+    written(folder, source())
+    assert shards.verify(folder) == []
+    tar = folder / "set-train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    assert len(shards.verify(folder)) == 1 and "set-train-000001.tar" in shards.verify(folder)[0]
+    tar.write_bytes(content[:-512])
+    with pytest.raises(UserError, match="bytes, not"):
+        ShardSplit(folder, "train")
+    tar.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        ShardSplit(folder, "train")
+    with pytest.raises(UserError, match="no 'val' split"):
+        ShardSplit(folder, "val")
+
+
+def test_a_stale_index_is_refused(tmp_path, source):
+    folder = tmp_path / "s"
+    written(folder, source())
+    index = folder / "set-test-000000.idx"
+    index.write_text("\n".join(index.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match="does not match its shard"):
+        ShardSplit(folder, "test")
+
+
+def test_stored_smaller(tmp_path, source):
+    written(tmp_path / "s", source(), store_resolution=6)
+    assert ShardSplit(tmp_path / "s", "train").image(3).size == (6, 6)
