@@ -9,7 +9,9 @@ from ltdd_scale.graph import units
 
 
 def test_metrics_by_hand():
-    logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [3, 2, 1, 0, -1, -2], [0, 3, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0], [0, 0, 0, 9, 0, 0], [0, 0, 0, 0, 9, 0], [9, 8, 7, 6, 5, 4]])
+    logits = torch.tensor(
+        [[3.0, 2, 1, 0, -1, -2], [3, 2, 1, 0, -1, -2], [0, 3, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0], [0, 0, 0, 9, 0, 0], [0, 0, 0, 0, 9, 0], [9, 8, 7, 6, 5, 4]]
+    )
     labels = np.asarray([0, 1, 1, 5, 2, 3, 4, 0])
     found = evaluate.metrics(logits, labels, ["many", "many", "medium", "medium", "few", "few"])
     per_class = [100.0, 50.0, 100.0, 100.0, 100.0, 0.0]
@@ -49,6 +51,22 @@ def test_units_of_the_matrix_are_all_cells_once():
 
 
 def test_summary_is_mean_and_sample_deviation():
-    rows = [{"set": "distilled", "labels": "online", "net": "n", "ipc": 1, "seed": s, "top1": v, "top5": 90.0, "class_std": 1.0, "many": None, "medium": v, "few": v, "per_class": [v, v]} for s, v in enumerate((40.0, 42.0, 47.0))]
+    rows = [
+        {
+            "set": "distilled",
+            "labels": "online",
+            "net": "n",
+            "ipc": 1,
+            "seed": s,
+            "top1": v,
+            "top5": 90.0,
+            "class_std": 1.0,
+            "many": None,
+            "medium": v,
+            "few": v,
+            "per_class": [v, v],
+        }
+        for s, v in enumerate((40.0, 42.0, 47.0))
+    ]
     (entry,) = evaluate.summarize(rows)
     assert entry["top1"] == 43.0 and entry["top1_std"] == pytest.approx(np.std([40, 42, 47], ddof=1), abs=0.01) and entry["many"] is None and entry["num_seeds"] == 3

@@ -6,7 +6,10 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
 
 
-@pytest.mark.parametrize(("name", "size"), [("convnet3", 16), ("convnet4", 32), ("resnet32", 32), ("resnet18_cifar", 32), ("resnet18", 64), ("vgg11", 64), ("mobilenet_v3_small", 64), ("densenet121", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("convnet3", 16), ("convnet4", 32), ("resnet32", 32), ("resnet18_cifar", 32), ("resnet18", 64), ("vgg11", 64), ("mobilenet_v3_small", 64), ("densenet121", 64)],
+)
 def test_nets_give_features_that_the_heads_take(name, size):
     model = registry.TwoHeads(registry.backbone(name, 8, "batch", size), 7, 16).eval()
     x = torch.randn(2, 3, size, size)

@@ -75,7 +75,22 @@ def hurt(folder: Path, config: Path, fault: str, number: int, nproc: int = 1, ra
 @pytest.mark.slow
 def test_killed_at_chosen_moments_ends_in_the_same_bytes(finished, tmp_path, tiny):
     """Between write and rename, in the middle of a write, twice in a row, in every stage: one run that dies 14 times."""
-    faults = ["replace:1", "fsync:1", "replace:3", "replace:12", "fsync:11", "replace:6", "replace:6", "fsync:20", "replace:17", "replace:9", "fsync:5", "replace:14", "replace:8", "fsync:9"]
+    faults = [
+        "replace:1",
+        "fsync:1",
+        "replace:3",
+        "replace:12",
+        "fsync:11",
+        "replace:6",
+        "replace:6",
+        "fsync:20",
+        "replace:17",
+        "replace:9",
+        "fsync:5",
+        "replace:14",
+        "replace:8",
+        "fsync:9",
+    ]
     stages = set()
     for number, fault in enumerate(faults):
         done = hurt(tmp_path, tiny, fault, number)
@@ -129,7 +144,10 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     command = [sys.executable, "-m", "ltdd_scale", "initialize", str(path), "--store", str(tmp_path / "store"), "--nproc", "1"]
-    runs = [subprocess.Popen([*command, "--out", str(tmp_path / f"r{ipc}"), "--set", f"ipc={ipc}"], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) for ipc in (2, 3)]
+    runs = [
+        subprocess.Popen([*command, "--out", str(tmp_path / f"r{ipc}"), "--set", f"ipc={ipc}"], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+        for ipc in (2, 3)
+    ]
     said = [r.communicate(timeout=200)[1] for r in runs]
     assert all(r.returncode == 0 for r in runs), said
     assert len(list((tmp_path / "store" / "experts").iterdir())) == 1 and len(list((tmp_path / "store" / "initialize").iterdir())) == 2

@@ -1,6 +1,6 @@
 """Check what `make quickstart` promises: the distilled set reaches 95 % of training on the whole long-tailed set.
 
-    python tools/check_quickstart.py runs/quickstart
+python tools/check_quickstart.py runs/quickstart
 """
 
 import json

@@ -1,0 +1,96 @@
+"""Recovery's step against a bare forward + input-gradient pass, and against the published formulation.
+
+python tools/bench_recover.py [--rounds 5] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bench import circumstances, in_turns, table
+from torchvision.transforms import v2
+
+from ltdd_scale import recover
+from ltdd_scale.config import Recover
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.models import registry
+from ltdd_scale.runtime.ranks import Ranks, rng
+
+
+def published(images, labels, model, layers, targets, steps: int, size: int) -> None:
+    """As the released scripts do it: hooks with float32 means and variances, a crop by torchvision, the loss printed from every step."""
+    x = images.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05, betas=(0.5, 0.9))
+    terms = []
+
+    def hook(name):
+        def align(_, inputs):
+            y = inputs[0]
+            mean = y.mean([0, 2, 3])
+            var = y.permute(1, 0, 2, 3).contiguous().reshape(y.shape[1], -1).var(1, unbiased=False)
+            for _, goal_mean, goal_var in targets[name]:
+                terms.append(torch.norm(mean - goal_mean, 2) + torch.norm(var - goal_var, 2))
+
+        return align
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    crop = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+    for _ in range(steps):
+        terms.clear()
+        shown = torch.stack([crop(image) for image in x])
+        loss = F.cross_entropy(model(shown), labels) + 0.01 * sum(terms)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        x.data.clamp_(-2, 2)
+    for handle in handles:
+        handle.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(circumstances(args.threads), "\n")
+    for net, width, size, n, steps in (("convnet3", 64, 32, 100, 10), ("resnet18", 0, 224, 16, 2), ("resnet50", 0, 224, 8, 2)):
+        # The reference runs in float32 and so must ours here: bfloat16 on a GPU is measured against bfloat16.
+        ranks = Ranks(0, 1, device, None)
+        model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(registry.backbone(net, width, "batch", size), 10, 0), "bench"))  # noqa: B023
+        model.eval().requires_grad_(False)
+        layers = registry.norm_layers(model)
+        targets = {k: [(w, torch.zeros(m.num_features, device=device), torch.ones(m.num_features, device=device)) for w in (0.5, 0.5)] for k, m in layers.items()}
+        torch.manual_seed(0)
+        images, labels = torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device) % 10
+        settings = Recover(iterations=steps, ce=0.1)
+        spec, sizes = ViewSpec(size, (0.5, 1.0)), np.full((n, 2), size)
+        drawn = [spec.draw(rng("bench", t), sizes) for t in range(steps)]
+        views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
+        low, high = torch.full((1, 3, 1, 1), -2.0, device=device), torch.full((1, 3, 1, 1), 2.0, device=device)
+
+        def bare():
+            x = images.clone().requires_grad_()  # noqa: B023
+            shown = x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x
+            for _ in range(steps):  # noqa: B023
+                torch.autograd.grad(F.cross_entropy(model(shown), labels), x)  # noqa: B023
+
+        def ours():
+            alignment = recover.Alignment(layers, targets, settings)  # noqa: B023
+            recover.recover_chunk(images, labels, model, alignment, low, high, settings, views, size, ranks)  # noqa: B023
+            alignment.close()
+
+        times = in_turns(
+            {"forward + input gradient": bare, "recovery": ours, "published formulation": lambda: published(images, labels, model, layers, targets, steps, size)},  # noqa: B023
+            args.rounds,
+        )
+        print(table(f"{net} at {size} px, batch {n}, {steps} steps, float32", times, "forward + input gradient", n * steps, "image-iterations"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
