@@ -73,20 +73,21 @@ def _work(args: argparse.Namespace, arguments: list[str]) -> int:
     job = session.Session(config, out.absolute(), store.absolute(), targets, args.quiet)
     if args.command == "ablation":
         return session.ablation(args, config, main)
-    if not launched:
+    # Ranks that `--nproc` started leave the run folder to who started them; under torchrun rank 0 sees to it.
+    leading = "LTDD_RENDEZVOUS" not in os.environ and os.environ.get("RANK", "0") == "0"
+    reporting = args.command in ("run", "report")
+    if leading:
         for warning in configuration.check(config):
             print(f"warning: {warning}", file=sys.stderr)
         job.enter()
+    if not launched:
         if not job.pending():
-            return job.finish(args.command in ("run", "report"))
+            return job.finish(reporting)
         num = args.nproc or launch.default_ranks(config.runtime.device)
         if num > 1:
-            code = launch.run_ranks(num, arguments, auto=args.nproc is None)
-            return code or job.finish(args.command in ("run", "report"))
+            return launch.run_ranks(num, arguments, auto=args.nproc is None) or job.finish(reporting)
     job.work(auto_ranks=os.environ.get("LTDD_AUTO_RANKS", "0" if launched else "1") == "1")
-    if "LTDD_RENDEZVOUS" not in os.environ and int(os.environ.get("RANK", 0)) == 0:
-        return job.finish(args.command in ("run", "report"))
-    return 0
+    return job.finish(reporting) if leading else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,11 +2,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from ltdd_scale import config
 from ltdd_scale.errors import UserError
-
-from conftest import ROOT
 
 
 def write(tmp_path: Path, text: str, name: str = "a.yaml") -> Path:

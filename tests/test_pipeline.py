@@ -42,7 +42,7 @@ def test_the_same_bytes_on_one_two_and_three_ranks(finished, tmp_path, world):
 @pytest.mark.slow
 def test_training_on_two_ranks_follows_one(finished, tmp_path):
     """The same sample order and draws; InstanceNorm has no batch statistics, so only the order of additions differs."""
-    config, run = finished
+    config, _ = finished
     ran = cli("train", "teacher", config, "--out", tmp_path / "r", "--nproc", 2, "--set", "teacher.contrast=0")
     alone = cli("train", "teacher", config, "--out", tmp_path / "q", "--store", tmp_path / "other", "--nproc", 1, "--set", "teacher.contrast=0")
     assert ran.returncode == alone.returncode == 0, ran.stderr + alone.stderr
@@ -63,6 +63,32 @@ def test_torchrun_does_the_same(finished, tmp_path):
     ours, theirs = digests(tmp_path / "store"), digests(run.parent / "store")
     assert all(ours[k] == theirs[k] for k in ours) and len(ours) >= 9
     assert (tmp_path / "r" / "report.html").exists() and (tmp_path / "r" / "results.json").read_text() == (run / "results.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["calibrate.conv_inputs=true", "calibrate.variance=within", "recover.ce=0.5", "recover.classwise=1", "relabel.labels=single", "evaluate.optimizer=sgd", "evaluate.schedule=steps"],
+        ["relabel.adjust=true", "relabel.labels=online", "evaluate.randaugment=2", "evaluate.cutmix=false", "evaluate.ema=0", "evaluate.full_epochs=2"],
+        ["relabel.adjust=true", "relabel.labels=stored", "recover.ema=0", "recover.iterations=3", "strategies.calibrate=false", "evaluate.split=val"],
+        ["relabel.labels=hard", "recover.iterations=0", "strategies.confident_init=false", "evaluate.nets=[convnet3,resnet32]", "runtime.memory_gb=0", "runtime.workers=1"],
+        ["evaluate.matrix=true", "evaluate.epochs=1", "relabel.labels=single", "relabel.epochs=1"],
+    ],
+)
+def test_every_way_through_the_settings(finished, tmp_path, sets):
+    config, run = finished
+    store = tmp_path / "store"
+    for stage in ("shard", "experts"):
+        shutil.copytree(run.parent / "store" / stage, store / stage)
+    done = cli("run", config, "--out", tmp_path / "r", "--store", store, "--nproc", 1, "--set", *sets)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert all(0 <= row["top1"] <= 100 for row in results["rows"])
+    if "evaluate.matrix=true" in sets:
+        assert len({(row["set"], row["labels"]) for row in results["matrix"]}) == 12 and "label matrix" in (tmp_path / "r" / "report.html").read_text()
+    fit = cli("fit", tmp_path / "r" / "distilled", "--epochs", 1, "--test", tmp_path / "r" / "distilled" / "images")
+    assert fit.returncode == 0, fit.stderr
 
 
 def hurt(folder: Path, config: Path, fault: str, number: int, nproc: int = 1, rank: int | None = None) -> subprocess.CompletedProcess:
