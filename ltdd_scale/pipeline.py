@@ -125,6 +125,7 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
         if ranks.share(None):  # rank 0 has the lock now and says whether there is work left
             _run(node, config, context)
             ranks.barrier()
+            ranks.barrier()  # rank 0 has sealed the folder: what comes next may read it
         return
     try:
         with _alone(folder, context.say):
@@ -133,6 +134,7 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
                 facts = _run(node, config, context)
                 ranks.barrier()
                 _seal(node, store, facts, time.monotonic() - begin, ranks)
+                ranks.barrier()
     except OSError as error:
         raise files.explain(error, folder) from error
 
