@@ -19,7 +19,7 @@ from ltdd_scale import softlabels
 from ltdd_scale.config import Config, Evaluate
 from ltdd_scale.data import arrays
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import MemoryImages, normalizer, open_images
+from ltdd_scale.data.loader import MemoryImages, StreamedImages, normalizer, open_images
 from ltdd_scale.data.longtail import GROUPS
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
@@ -173,8 +173,9 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
         images: Any = open_images(split, size, ranks.device, config.runtime.memory_gb, config.runtime.workers)
     elif which == "random":
         chosen = random_real(split.labels, num_classes, config.ipc, unit["seed"])
-        pixels = next(iter(open_images(split, size, ranks.device, 0, 0).stream([(chosen, None)], ViewSpec(size))))
-        images = MemoryImages(arrays.to_uint8(pixels), split.labels[chosen], ranks.device)
+        plans = [(part, None) for part in np.split(chosen, range(256, len(chosen), 256))]
+        parts = StreamedImages(split, size, ranks.device, config.runtime.workers).stream(plans, ViewSpec(size))
+        images = MemoryImages(np.concatenate([arrays.to_uint8(part) for part in parts]), split.labels[chosen], ranks.device)
     else:
         folder = context.input("recover" if which == "distilled" else "initialize")
         images = MemoryImages(*arrays.load_classes(folder, num_classes), ranks.device)

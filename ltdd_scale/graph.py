@@ -95,12 +95,12 @@ def graph(config: Config) -> dict[str, Node]:
     return nodes
 
 
-def needed(nodes: dict[str, Node], targets: list[str]) -> list[str]:
-    """`targets` and all that they depend on, in order."""
+def needed(nodes: dict[str, Node], targets: list[str], missing: set[str] | None = None) -> list[str]:
+    """`targets` and all that they depend on, in order; of `missing` nodes only, where given: what a finished node reads need not be there."""
     want: set[str] = set()
 
     def visit(name: str) -> None:
-        if name not in want:
+        if name not in want and (missing is None or name in missing):
             want.add(name)
             for i in nodes[name].inputs:
                 visit(i)

@@ -155,9 +155,7 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
         if ranks.first and not quiet:
             print(text, flush=True)
 
-    # A finished stage makes its inputs unnecessary: only what an unfinished one reads must be there.
-    wanted = set(todo(names))
-    pending = _unfinished(nodes, names, targets, wanted)
+    pending = needed(nodes, targets, set(todo(names)))
     plain = [n for n in pending if nodes[n].stage not in ("student", "evaluate")]
     students = [n for n in pending if nodes[n].stage == "student"]
     for name in plain:
@@ -170,28 +168,15 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
         announce(f"{len(students)} students …")
         mine = sampling.spread(np.asarray([nodes[n].effort for n in students]), ranks.world)[ranks.rank]
         alone = Ranks(0, 1, ranks.device, ranks.autocast_dtype)
-        for k in mine:
+        for done, k in enumerate(mine, 1):
             _execute(nodes[students[k]], nodes, config, store, alone, quiet, auto_ranks)
             if not quiet:
                 facts = files.read_json(nodes[students[k]].folder(store) / "stage.json")["facts"]
-                print(f"  {students[k].removeprefix('student/')}: {facts['top1']:.1f} % (spread over classes {facts['class_std']:.1f})", flush=True)
+                left = duration((time.monotonic() - begin) / done * (len(mine) - done))
+                text = f"{students[k].removeprefix('student/')}: {facts['top1']:.1f} % (spread over classes {facts['class_std']:.1f})"
+                print(f"  {text}; rank {ranks.rank} has done {done} of {len(mine)}, {left} left", flush=True)
         ranks.barrier()
         announce(f"students: done in {duration(time.monotonic() - begin)}")
     if "evaluate" in pending:
         _execute(nodes["evaluate"], nodes, config, store, ranks, quiet, auto_ranks)
     return nodes
-
-
-def _unfinished(nodes: dict[str, Node], names: list[str], targets: list[str], missing: set[str]) -> list[str]:
-    """Nodes to run, in order: missing ones that a target needs through missing ones."""
-    want: set[str] = set()
-
-    def visit(name: str) -> None:
-        if name in missing and name not in want:
-            want.add(name)
-            for i in nodes[name].inputs:
-                visit(i)
-
-    for target in targets:
-        visit(target)
-    return [n for n in names if n in want]

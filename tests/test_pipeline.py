@@ -69,7 +69,15 @@ def test_torchrun_does_the_same(finished, tmp_path):
 @pytest.mark.parametrize(
     "sets",
     [
-        ["calibrate.conv_inputs=true", "calibrate.variance=within", "recover.ce=0.5", "recover.classwise=1", "relabel.labels=single", "evaluate.optimizer=sgd", "evaluate.schedule=steps"],
+        [
+            "calibrate.conv_inputs=true",
+            "calibrate.variance=within",
+            "recover.ce=0.5",
+            "recover.classwise=1",
+            "relabel.labels=single",
+            "evaluate.optimizer=sgd",
+            "evaluate.schedule=steps",
+        ],
         ["relabel.adjust=true", "relabel.labels=online", "evaluate.randaugment=2", "evaluate.cutmix=false", "evaluate.ema=0", "evaluate.full_epochs=2"],
         ["relabel.adjust=true", "relabel.labels=stored", "recover.ema=0", "recover.iterations=3", "strategies.calibrate=false", "evaluate.split=val"],
         ["relabel.labels=hard", "recover.iterations=0", "strategies.confident_init=false", "evaluate.nets=[convnet3,resnet32]", "runtime.memory_gb=0", "runtime.workers=1"],

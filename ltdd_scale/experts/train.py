@@ -13,7 +13,7 @@ from torch import nn
 from ltdd_scale.config import Config, Expert
 from ltdd_scale.data import augment, sampling
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import normalizer, open_images
+from ltdd_scale.data.loader import StreamedImages, normalizer, open_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import losses
@@ -73,10 +73,10 @@ def _mix(pictures: list[torch.Tensor], labels: list[torch.Tensor], generator: np
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: ShardSplit, resolution: int, normalize, ranks, batch: int = 500) -> float:
+def accuracy(model: nn.Module, split: ShardSplit, resolution: int, normalize, ranks, workers: int, batch: int = 256) -> float:
     """Top-1 in per cent of a split, every image once, shared over ranks."""
     mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world)]
-    images = open_images(split, resolution, ranks.device, 64.0, 0)
+    images = StreamedImages(split, resolution, ranks.device, workers)  # one pass: each rank decodes its own part only
     plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
     right = 0
     for (indices, _), x in zip(plans, images.stream(plans, ViewSpec(resolution)), strict=True):
@@ -193,7 +193,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.backbone.parameters()), "steps": total}
     held = context.input("shard")
     if "val" in split.manifest["splits"]:
-        facts["val_top1"] = round(accuracy(model, ShardSplit(held, "val"), size, normalize, ranks), 2)
+        facts["val_top1"] = round(accuracy(model, ShardSplit(held, "val"), size, normalize, ranks, config.runtime.workers), 2)
         context.say(f"{role}: {facts['val_top1']:.1f} % on validation images")
     if ranks.first:
         tensors.save(context.out / "weights.pt", {"recipe": recipe, "model": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}})
