@@ -10,9 +10,9 @@ setup: $(STAMP)
 
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(VENV)/bin/python -m pip install -qq --upgrade pip setuptools wheel
 	@echo "installing torch and the rest (5 GB, some minutes) …"
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install -qq --editable '.[dev]'
 	touch $@
 
 quickstart: setup

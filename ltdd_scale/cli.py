@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--store", type=Path, help="where stages keep their results, shared between runs (default: 'store' beside the run folder)")
         p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings laid over the config, such as --set ipc=50 recover.lr=0.01")
         p.add_argument("--nproc", type=int, help="ranks on this machine (default: one a GPU; without GPUs one a core, up to 8)")
+        p.add_argument("--max-restarts", type=int, default=3, help="times that all ranks start again after one was killed (default: 3)")
         p.add_argument("--quiet", action="store_true", help="results and errors only")
         return p
 
@@ -85,7 +86,7 @@ def _work(args: argparse.Namespace, arguments: list[str]) -> int:
             return job.finish(reporting)
         num = args.nproc or launch.default_ranks(config.runtime.device)
         if num > 1:
-            return launch.run_ranks(num, arguments, auto=args.nproc is None) or job.finish(reporting)
+            return launch.run_ranks(num, arguments, auto=args.nproc is None, max_restarts=args.max_restarts) or job.finish(reporting)
     job.work(auto_ranks=os.environ.get("LTDD_AUTO_RANKS", "0" if launched else "1") == "1")
     return job.finish(reporting) if leading else 0
 

@@ -41,7 +41,7 @@ def _start(num: int, arguments: Sequence[str], folder: str, attempt: int, auto: 
     return workers
 
 
-def run_ranks(num: int, arguments: Sequence[str], auto: bool, max_restarts: int = 3) -> int:
+def run_ranks(num: int, arguments: Sequence[str], auto: bool, max_restarts: int) -> int:
     """Run `ltdd-scale ARGUMENTS` on `num` ranks; return the exit code.
 
     A rank that a signal killed (out of memory, say) ends all, and all start again from their checkpoints, up to `max_restarts` times.
