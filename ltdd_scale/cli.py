@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace, arguments: list[str]) -> int:
     from ltdd_scale import config as configuration
-    from ltdd_scale import launch, session
+    from ltdd_scale import graph, launch, session
 
     config = configuration.load(args.config, args.set)
     launched = "RANK" in os.environ
@@ -70,7 +70,7 @@ def _work(args: argparse.Namespace, arguments: list[str]) -> int:
         raise UserError(f"--nproc {args.nproc}: at least 1")
     out = args.out or Path("runs") / config.name
     store = args.store or out.parent / "store"
-    targets = {"run": ["evaluate"], "report": [], "train": [getattr(args, "role", "")]}.get(args.command, [args.command])
+    targets = {"run": list(graph.STAGES), "report": [], "train": [getattr(args, "role", "")]}.get(args.command, [args.command])
     job = session.Session(config, out.absolute(), store.absolute(), targets, args.quiet)
     if args.command == "ablation":
         return session.ablation(args, config, main)

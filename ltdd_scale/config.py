@@ -7,6 +7,7 @@ coerced by the field's type, because PyYAML reads ``1e-3`` as a string and ``on`
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Data:
     split_seed: int = option(42, "seed of the choice of images; the same seed gives nested sets for growing imbalance")
     resolution: int = option(32, "side in pixels that networks see", low=4)
     store_resolution: int = option(0, "side in pixels of the images in the shards (short side, centre crop, PNG); 0: original bytes", low=0)
+    memory_gb: float = option(4.0, "sets that fit in this when decoded are held in memory, as centre squares; larger ones are cropped from the originals", low=0)
     mirror: bool = option(True, "a mirrored image is still of its class (not so for digits)")
     shard_images: int = option(2000, "images a shard (2,000 of ImageNet are about 220 MB)", low=1)
 
@@ -165,7 +167,6 @@ class Runtime:
     precision: str = option("auto", "auto: bfloat16 autocast on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
     threads: int = option(1, "CPU threads a process; more than one may change the last bits", low=1)
     workers: int = option(4, "decoding processes a rank, for sets too large for memory", low=0)
-    memory_gb: float = option(4.0, "sets that fit in this when decoded are held in memory", low=0)
     checkpoint_seconds: float = option(60.0, "time between checkpoints", low=0)
 
 
@@ -203,7 +204,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        if isinstance(value, float) and value == int(value):
+        if isinstance(value, float) and math.isfinite(value) and value == int(value):
             return int(value)
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -264,8 +265,11 @@ def check(config: Config) -> list[str]:
         raise UserError("data.path: say where the images are, for instance --set data.path=/data/cifar10")
     if data.profile == "counts" and not data.counts:
         raise UserError("data.counts: needed with data.profile=counts")
-    if len(config.recover.betas) != 2:
-        raise UserError(f"recover.betas: expected two numbers, got {config.recover.betas!r}")
+    if len(config.recover.betas) != 2 or not all(0 <= b < 1 for b in config.recover.betas):
+        raise UserError(f"recover.betas: expected two numbers in [0, 1), got {config.recover.betas!r}")
+    for section in ("initialize", "recover", "evaluate"):
+        if not getattr(config, section).crop_scale:
+            raise UserError(f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if config.evaluate.split == "val" and not (data.val_per_class or data.val_list):
         raise UserError("evaluate.split=val needs data.val_per_class or data.val_list")
     if config.recover.iterations and not (config.recover.ce or config.recover.alignment):
@@ -298,7 +302,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> list[dict]:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected 'key: value' lines")
@@ -318,7 +322,10 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Config:
         key, sep, text = item.partition("=")
         if not sep:
             raise UserError(f"--set {item}: expected a.b=value")
-        nested: Any = yaml.safe_load(text) if text else ""
+        try:
+            nested: Any = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            raise UserError(f"--set {item}: {text!r} is not a value (quote lists, and leave no blanks in them: 'a.b=[1,2]')") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _fill(config, nested, "")

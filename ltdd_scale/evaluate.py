@@ -137,7 +137,7 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
     """The labels of a set: relabel's own where they are of this kind, else made here in the same way."""
     ranks, num_classes = context.ranks, len(split.classes)
     settings, made = config.relabel, None
-    if which == "distilled" and kind == settings.labels:
+    if "relabel" in context.inputs:
         made = files.read_json(context.input("relabel") / "labels.json")
     shift = None
     if settings.adjust and kind != "hard":
@@ -159,7 +159,7 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
         else:
             make = (images, teacher, normalize, spec, seed)
             rest = (config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)
-            table = [softlabels.store_epoch(*make, e, *rest) for e in range(count)]
+            table = softlabels.MadeWhenAsked(count, lambda e: softlabels.store_epoch(*make, e, *rest))
     return softlabels.Labels(kind, images.labels, num_classes, ranks.device, seed, table, shift)
 
 
@@ -170,7 +170,7 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     normalize = normalizer(split.mean, split.std, ranks.device)
     which, num_classes = unit["set"], len(split.classes)
     if which == "full":
-        images: Any = open_images(split, size, ranks.device, config.runtime.memory_gb, config.runtime.workers)
+        images: Any = open_images(split, size, ranks.device, config.data.memory_gb, config.runtime.workers)
     elif which == "random":
         chosen = random_real(split.labels, num_classes, config.ipc, unit["seed"])
         plans = [(part, None) for part in np.split(chosen, range(256, len(chosen), 256))]
@@ -190,7 +190,7 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     title = f"{which} {unit['labels']} {unit['net']} seed {unit['seed']}"
     average, history = train_student(student, images, labels, teacher, normalize, spec, settings, epochs, seed, context, title)
     held = ShardSplit(context.input("shard"), settings.split)
-    test = open_images(held, size, ranks.device, config.runtime.memory_gb, config.runtime.workers)
+    test = open_images(held, size, ranks.device, config.data.memory_gb, config.runtime.workers)
     result = metrics(predict(average, test, normalize, ranks), held.labels, split.manifest["groups"])
     if not math.isfinite(history[-1]):
         raise UserError(f"{title}: the loss is {history[-1]}; lower evaluate.lr (it is {settings.lr})")
@@ -228,7 +228,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     saved = tensors.load(context.input("teacher") / "weights.pt")
     split, held = ShardSplit(context.input("shard"), "train"), ShardSplit(context.input("shard"), config.evaluate.split)
     normalize = normalizer(split.mean, split.std, ranks.device)
-    images = open_images(held, config.data.resolution, ranks.device, config.runtime.memory_gb, config.runtime.workers)
+    images = open_images(held, config.data.resolution, ranks.device, config.data.memory_gb, config.runtime.workers)
     experts = {}
     for role, path in (
         ("teacher", context.input("teacher") / "weights.pt"),

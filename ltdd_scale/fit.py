@@ -51,6 +51,8 @@ def run(distilled: Path, net: str | None, epochs: int | None, seed: int, test: P
     """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its weights to `save`."""
     if not (distilled / "set.json").exists():
         raise UserError(f"{distilled} is not a distilled set (no set.json in it)")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--epochs {epochs}: at least 1")
     description = files.read_json(distilled / "set.json")
     config = configuration.from_dict(description["config"])
     peers = ranks.join("auto", config.runtime.precision, len(os.sched_getaffinity(0)))
@@ -73,7 +75,8 @@ def run(distilled: Path, net: str | None, epochs: int | None, seed: int, test: P
         tensors.save(save, {"recipe": {**registry.Network.describe(net, expert.width, expert.norm, size, num_classes)}, "model": model.state_dict()})
         print(f"weights  {save}")
     if test:
-        held, truth = read_images(test, description["folders"], size)
+        named = [c if (test / c).is_dir() else f for c, f in zip(description["classes"], description["folders"], strict=True)]
+        held, truth = read_images(test, named, size)
         result = evaluate.metrics(evaluate.predict(model, MemoryImages(held, truth, peers.device), normalize, peers), truth, ["many"] * num_classes)
         print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, {len(truth)} images")
     elif not save:

@@ -19,7 +19,8 @@ from ltdd_scale.config import Config, to_dict
 from ltdd_scale.runtime import files
 
 # Raised when a stage's results change for the same settings: what was made before is then stale.
-VERSIONS = {"shard": 1, "experts": 1, "calibrate": 1, "initialize": 1, "recover": 1, "relabel": 1, "student": 1, "evaluate": 1}
+VERSIONS = {"shard": 1, "experts": 2, "calibrate": 1, "initialize": 1, "recover": 1, "relabel": 1, "student": 2, "evaluate": 1}
+STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "evaluate")
 SETS = ("random", "initial", "distilled")
 LABELS = ("online", "stored", "single", "hard")
 
@@ -59,8 +60,8 @@ def units(config: Config) -> list[dict[str, Any]]:
 def graph(config: Config) -> dict[str, Node]:
     """All nodes of the config by name, inputs before what needs them, fingerprints set."""
     c = to_dict(config)
-    net = {"seed": c["seed"], "resolution": config.data.resolution, "mirror": config.data.mirror, "precision": config.runtime.precision}
-    data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror")}
+    net = {"seed": c["seed"], "resolution": config.data.resolution, "mirror": config.data.mirror, "memory_gb": config.data.memory_gb, "precision": config.runtime.precision}
+    data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror", "memory_gb")}
     judged = {k: v for k, v in c["evaluate"].items() if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")}
     nodes: dict[str, Node] = {}
 
@@ -84,10 +85,15 @@ def graph(config: Config) -> dict[str, Node]:
     students = []
     for unit in units(config):
         which = unit["set"]
-        inputs = ["shard", "teacher", *{"distilled": ["recover", "relabel"], "initial": ["initialize"]}.get(which, [])]
+        inputs = ["shard", "teacher", *{"distilled": ["recover"], "initial": ["initialize"]}.get(which, [])]
+        if which == "distilled" and unit["labels"] == config.relabel.labels:
+            inputs.append("relabel")
+        # Only what this kind of label depends on: a change of the stored labels' settings leaves students with others alone.
+        soft = {"online": ("adjust", "batch_size"), "single": ("adjust", "batch_size"), "stored": ("adjust", "batch_size", "topk", "epochs"), "hard": ()}
+        made = {k: c["relabel"][k] for k in soft[unit["labels"]]}
         epochs = config.evaluate.full_epochs if which == "full" else config.evaluate.epochs
         shape = {"width": config.teacher.width, "norm": config.teacher.norm, "ipc": None if which == "full" else config.ipc}
-        reads = {"unit": unit, "evaluate": {**judged, "epochs": epochs}, "relabel": c["relabel"], **shape, **net}
+        reads = {"unit": unit, "evaluate": {**judged, "epochs": epochs}, "relabel": made, **shape, **net}
         name = f"student/{which}-{unit['labels']}-{unit['net']}-s{unit['seed']}"
         add(name, "student", unit, reads, inputs, effort=epochs * (20 if which == "full" else 1))
         students.append(name)

@@ -35,6 +35,7 @@ def _start(num: int, arguments: Sequence[str], folder: str, attempt: int, auto: 
         env = dict(os.environ)
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on an option that is set on purpose
         # A file instead of a port: no port to be in use, none to guess.
         env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num), LTDD_RENDEZVOUS=f"file://{folder}/rendezvous-{attempt}", LTDD_AUTO_RANKS=str(int(auto)))
         workers.append(subprocess.Popen([sys.executable, "-m", "ltdd_scale", *arguments], env=env, preexec_fn=_die_with_parent))
@@ -68,15 +69,15 @@ def run_ranks(num: int, arguments: Sequence[str], auto: bool, max_restarts: int)
 
 
 def _wait(workers: list[subprocess.Popen]) -> int:
-    """0 when all have ended well; else the first bad code, once the others had a moment to say theirs."""
+    """0 when all have ended well; else the code of who was killed, or of who failed."""
     while True:
         codes = [w.poll() for w in workers]
         bad = [c for c in codes if c]
         if bad:
             time.sleep(0.2)
-            ended = [w.poll() for w in workers]
-            errors = [c for c in ended if c and c > 0]
-            return errors[0] if errors else bad[0]
+            # A kill comes first: what its peers then say of a lost connection is its consequence.
+            ended = sorted(c for c in (w.poll() for w in workers) if c)
+            return ended[0]
         if all(c == 0 for c in codes):
             return 0
         time.sleep(0.05)

@@ -159,6 +159,9 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
     plain = [n for n in pending if nodes[n].stage not in ("student", "evaluate")]
     students = [n for n in pending if nodes[n].stage == "student"]
     for name in plain:
+        if name != "shard" and "recover" in plain and not auto_ranks:
+            manifest = files.read_json(nodes["shard"].folder(store) / "manifest.json")
+            recover.check_ranks(config.recover, len(manifest["classes"]), config.ipc, ranks.world)
         begin = time.monotonic()
         announce(f"{name} …")
         _execute(nodes[name], nodes, config, store, ranks, quiet, auto_ranks)

@@ -30,6 +30,14 @@ from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng
 
 
+def check_ranks(settings: Recover, num_classes: int, ipc: int, world: int) -> None:
+    """Raise `UserError` for more ranks than chunks: known before any expert is trained, and said then."""
+    n = len(chunks(num_classes, ipc, settings.batch_size, settings.chunk_classes))
+    if world > n:
+        limit = max(1, settings.batch_size * n // world)
+        raise UserError(f"recover has {n} chunk{'s' * (n > 1)} for {world} ranks: use --nproc {n}, or smaller chunks with --set recover.batch_size={limit}")
+
+
 @dataclass(frozen=True)
 class Chunk:
     """`classes` × images `first` … `last` − 1 of each: one batch, one unit of work."""
@@ -79,7 +87,7 @@ class ChannelMoments(torch.autograd.Function):
         slope = 2 * grad_var / n
         offset = grad_mean / n - slope * mean
         shape = (1, -1, 1, 1)
-        return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
+        return torch.addcmul(offset.view(shape), x.float(), slope.view(shape)).to(x.dtype)  # in float32: the two terms nearly cancel
 
 
 class Alignment:
@@ -183,11 +191,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     num_classes = len(split.classes)
     work = chunks(num_classes, config.ipc, settings.batch_size, settings.chunk_classes)
     if ranks.world > len(work):
-        text = f"recover has {len(work)} chunk{'s' * (len(work) > 1)} for {ranks.world} ranks"
-        if not context.auto_ranks:
-            limit = max(1, settings.batch_size * len(work) // ranks.world)
-            raise UserError(f"{text}: use --nproc {len(work)}, or smaller chunks with --set recover.batch_size={limit}")
-        context.say(f"{text}; the others wait")
+        context.say(f"recover has {len(work)} chunks for {ranks.world} ranks; the others wait")
     finished = [arrays.class_file(context.out, c).exists() for c in range(num_classes)]
     if not ranks.share(all(finished)):
         _recover_chunks(config, context, split, work)

@@ -66,6 +66,12 @@ class Session:
         try:
             pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks)
             peers.barrier()
+        except RuntimeError as error:
+            if peers.first or ("peer" not in str(error) and "onnection" not in str(error)):
+                raise
+            # A peer is gone and has said why, or was killed: the launcher ends this rank too, and knows which it was.
+            time.sleep(30)
+            raise UserError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
         finally:
             ranks.leave()
 
@@ -74,7 +80,7 @@ class Session:
         nodes = graph.graph(self.config)
         names = graph.needed(nodes, self.targets)
         record = files.read_json(self.out / "run.json")
-        record["stages"].update({n: f"{nodes[n].stage}/{nodes[n].fingerprint}" for n in names if not n.startswith("student/")})
+        record["stages"].update({n: f"{nodes[n].stage}/{nodes[n].fingerprint}" for n in names})
         files.write_json(self.out / "run.json", record)
         if reporting:
             if not graph.complete(nodes["evaluate"].folder(self.store)):
@@ -154,7 +160,7 @@ def verify(path: Path) -> int:
         raise UserError(f"no such path: {path}")
     if (path / "run.json").exists():
         record = files.read_json(path / "run.json")
-        folders = [Path(record["store"]) / f for f in record["stages"].values()]
+        folders = [Path(record["store"]) / f for f in dict.fromkeys(record["stages"].values())]
         folders += [path / "distilled"] * (path / "distilled" / "files.json").exists()
     else:
         folders = [path]

@@ -6,7 +6,7 @@ found by (epoch, image) alone, whatever the batch size of who uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,21 @@ def store_epoch(images, teacher, normalize, spec: ViewSpec, seed, epoch: int, cu
 
 def stored_file(folder: Path, epoch: int, part: str) -> Path:
     return folder / f"epoch-{epoch:05d}-{part}.npy"
+
+
+class MadeWhenAsked:
+    """Packed epochs of a set that has none on disk, each made when the student comes to it: the last one is kept."""
+
+    def __init__(self, num_epochs: int, make: Callable[[int], dict[str, np.ndarray]]):
+        self._num_epochs, self._make, self._last = num_epochs, make, (-1, {})
+
+    def __len__(self) -> int:
+        return self._num_epochs
+
+    def __getitem__(self, epoch: int) -> dict[str, np.ndarray]:
+        if self._last[0] != epoch:
+            self._last = (epoch, self._make(epoch))
+        return self._last[1]
 
 
 def load_stored(folder: Path, epochs: int) -> list[dict[str, np.ndarray]]:

@@ -41,6 +41,7 @@ def test_help_helps():
         (["data.imbalance_factor=5000"], ["class 4 would have no training images"]),
         (["data.source=folder", "data.path=/nowhere/at/all"], ["data.path", "no such folder"]),
         (["ipc"], ["expected a.b=value"]),
+        (["recover.betas=[0.5,", "0.9]"], ["is not a value", "leave no blanks"]),
     ],
 )
 def test_a_wrong_setting_is_one_line(tiny, tmp_path, sets, words):

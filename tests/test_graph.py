@@ -45,6 +45,15 @@ def test_more_seeds_keep_the_students_that_are_there(tmp_path):
     assert {n: a[n].fingerprint for n in a if n.startswith("student/")}.items() <= {n: b[n].fingerprint for n in b}.items()
 
 
+def test_a_change_of_labels_keeps_the_students_with_other_labels(tmp_path):
+    """The distilled set's students with the labels that relabel makes read them from there; all others are left alone."""
+    a, b = (nodes(tmp_path, "evaluate.matrix=true", "evaluate.full_epochs=2", *more) for more in (["relabel.labels=single"], ["relabel.labels=online", "relabel.topk=2"]))
+    changed = {n for n in a if n.startswith("student/") and n in b and a[n].fingerprint != b[n].fingerprint}
+    assert changed == {"student/distilled-single-convnet3-s0", "student/distilled-online-convnet3-s0"} | {
+        f"student/{s}-stored-convnet3-s0" for s in ("random", "initial", "distilled")
+    }
+
+
 def test_only_what_a_stage_needs(tmp_path):
     found = nodes(tmp_path)
     assert graph.needed(found, ["initialize"]) == ["shard", "teacher", "initialize"]

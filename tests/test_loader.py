@@ -28,7 +28,7 @@ def plans(spec, sizes):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_and_held_images_are_the_same(split, workers):
     cpu = torch.device("cpu")
-    for spec in (ViewSpec(24, (0.3, 1.0)), ViewSpec(24, (0.3, 1.0), mirror=False, randaugment=1)):
+    for spec in (ViewSpec(24, None, 4), ViewSpec(24, (0.3, 1.0)), ViewSpec(24, (0.3, 1.0), mirror=False, randaugment=1)):
         held = loader.open_images(split, 24, cpu, 1.0, 0)
         streamed = loader.open_images(split, 24, cpu, 0.0, workers)
         assert isinstance(held, loader.MemoryImages) and isinstance(streamed, loader.StreamedImages)

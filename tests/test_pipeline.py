@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, cli
+from conftest import ROOT, TINY, cli, image_folder, said_plainly
 
 EXACT = ("calibrate", "initialize", "recover", "relabel")
 
@@ -80,7 +80,7 @@ def test_torchrun_does_the_same(finished, tmp_path):
         ],
         ["relabel.adjust=true", "relabel.labels=online", "evaluate.randaugment=2", "evaluate.cutmix=false", "evaluate.ema=0", "evaluate.full_epochs=2"],
         ["relabel.adjust=true", "relabel.labels=stored", "recover.ema=0", "recover.iterations=3", "strategies.calibrate=false", "evaluate.split=val"],
-        ["relabel.labels=hard", "recover.iterations=0", "strategies.confident_init=false", "evaluate.nets=[convnet3,resnet32]", "runtime.memory_gb=0", "runtime.workers=1"],
+        ["relabel.labels=hard", "recover.iterations=0", "strategies.confident_init=false", "evaluate.nets=[convnet3,resnet32]", "data.memory_gb=0", "runtime.workers=1"],
         ["evaluate.matrix=true", "evaluate.epochs=1", "relabel.labels=single", "relabel.epochs=1"],
     ],
 )
@@ -155,6 +155,51 @@ def test_killed_at_random_times_ends_in_the_same_bytes(finished, tmp_path, tiny)
     done = cli("run", tiny, "--out", tmp_path / "run", "--nproc", 1)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "store") == digests(finished[1].parent / "store")
+
+
+@pytest.mark.slow
+def test_a_sharding_killed_alone_leaves_no_worker_that_holds_its_folder(tmp_path):
+    """Only the parent is killed, as the out-of-memory killer does: its pool must go too, and the next run goes on."""
+    image_folder(tmp_path / "real", {"a": 150, "b": 150}, size=96)
+    image_folder(tmp_path / "real", {"a": 3, "b": 3}, "test", size=96)
+    path = tmp_path / "set.yaml"
+    path.write_text(f"data: {{source: folder, path: {tmp_path / 'real'}, profile: full, shard_images: 10}}\n")
+    command = [sys.executable, "-m", "ltdd_scale", "shard", str(path), "--out", str(tmp_path / "r"), "--store", str(tmp_path / "store"), "--nproc", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "store").rglob("*.part.json")):
+        assert process.poll() is None, "over before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    finished_parts = len(list((tmp_path / "store").rglob("*.part.json")))
+    assert 0 < finished_parts < 31
+    done = cli("shard", path, "--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", 1, timeout=60)
+    assert done.returncode == 0, done.stderr
+    again = cli("shard", path, "--out", tmp_path / "q", "--store", tmp_path / "calm", "--nproc", 1)
+    assert again.returncode == 0 and digests(tmp_path / "store") == digests(tmp_path / "calm")
+
+
+@pytest.mark.slow
+def test_three_ranks_resume_to_the_bit(tmp_path, tiny):
+    """With three ranks DDP's order of additions depends on its buckets, which a restart must not lay out anew."""
+    found = []
+    for name in ("calm", "hurt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        env = {}
+        if name == "hurt":
+            env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": "replace:21", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(folder / "killed")}
+        done = cli("train", "observer", tiny, "--out", folder / "r", "--nproc", 3, "--set", "runtime.checkpoint_seconds=0", "observer.epochs=10", env=env)
+        assert done.returncode == 0, done.stderr
+        assert name == "calm" or ((folder / "killed").exists() and "resumed at step" in done.stderr), done.stderr
+        found.append(digests(folder / "store"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_on_two_ranks_too(tiny, tmp_path):
+    done = cli("shard", tiny, "--out", tmp_path / "r", "--nproc", 2, "--set", "data.source=folder", "data.path=/nowhere/at/all")
+    said_plainly(done, "data.path", "no such folder")
 
 
 @pytest.mark.slow

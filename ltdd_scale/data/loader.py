@@ -49,8 +49,8 @@ class MemoryImages:
 class _Decoding(Dataset):
     """Item k is the whole batch of plan k: uint8 [n, 3, R, R]."""
 
-    def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int):
-        self.split, self.plans, self.resolution = split, plans, resolution
+    def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bool):
+        self.split, self.plans, self.resolution, self.whole = split, plans, resolution, whole
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -60,7 +60,7 @@ class _Decoding(Dataset):
         r = self.resolution
         out = np.empty((len(indices), 3, r, r), np.uint8)
         for j, i in enumerate(indices):
-            if views is None:
+            if views is None or self.whole:
                 image = square(self.split.image(int(i)), r)
             else:
                 image = decode_window(self.split.encoded(int(i)), views.windows[j], r)
@@ -104,7 +104,7 @@ class StreamedImages:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
         plans = list(plans)
         loader = DataLoader(
-            _Decoding(self.split, plans, self.resolution),
+            _Decoding(self.split, plans, self.resolution, whole=spec.crop_scale is None),
             batch_size=None,
             num_workers=max(0, min(self.workers, len(plans) - 1)),  # one batch is not worth a process
             worker_init_fn=_quiet_worker,
@@ -114,8 +114,9 @@ class StreamedImages:
         whole = np.float32([0, 0, 1, 1])
         for (indices, views), images in zip(plans, _said_plainly(loader), strict=True):
             images = images.to(self.device, non_blocking=True).float() / 255
-            if views is not None:  # the crop is done; mirroring and colours are not
-                rest = Views(np.tile(whole, (len(indices), 1)), views.mirrored, views.ops, views.signs)
+            if views is not None:  # a crop is done by now, a shift is not, nor are mirroring and colours
+                windows = views.windows if spec.crop_scale is None else np.tile(whole, (len(indices), 1))
+                rest = Views(windows, views.mirrored, views.ops, views.signs)
                 images = augment.apply(images, rest, spec)
             yield images
 

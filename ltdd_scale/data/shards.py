@@ -7,9 +7,11 @@ image came from), ``manifest.json`` and ``quarantine.json``. Every image is deco
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import os
+import signal
 import tarfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -108,6 +110,11 @@ def _reuse(path: Path) -> dict[str, Any] | None:
     return saved if files.sha256(path) == saved["sha256"] else None
 
 
+def _end_with_parent() -> None:
+    """In a pool's worker: a killed parent must not leave it behind, holding the lock of the stage's folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
     global _SPLIT
     _SPLIT = split
@@ -124,7 +131,7 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
             todo.append((k, first, min(first + shard_images, len(split.names))))
     done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
     if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork")) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork"), initializer=_end_with_parent) as pool:
             jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution)) for k, first, last in todo]
             for k, n, job in jobs:
                 parts[k] = job.result()
@@ -162,7 +169,7 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
     Raises `UserError` where quarantine leaves a class without images.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or min(len(os.sched_getaffinity(0)), 16)  # each holds a whole tar in memory
     splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
     manifest: dict[str, Any] = {"format": 1, "name": name, "classes": source.classes, "notes": source.notes, "splits": {}}
     quarantine: list[dict] = []

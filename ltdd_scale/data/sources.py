@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,9 @@ def _folder(root: Path) -> tuple[list[str], Split, Split]:
     if annotations.exists():  # Tiny-ImageNet: the labelled val images serve as the test set
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
         index = {name: label for label, name in enumerate(classes)}
+        unknown = [wnid for _, wnid in rows if wnid not in index]
+        if unknown:
+            raise UserError(f"{annotations}: class {unknown[0]} has no folder in {root / 'train'}")
         return classes, train, _from_files(root, [f"val/images/{name}" for name, _ in rows], [index[wnid] for _, wnid in rows])
     held = next((s for s in ("test", "val") if (root / s).is_dir()), None)
     if held is None:
@@ -102,8 +106,11 @@ def _cifar(root: Path) -> tuple[list[str], Split, Split]:
         path = root / name
         if not path.exists():
             raise UserError(f"{path} is missing: download the set again with torchvision")
-        with open(path, "rb") as f:
-            return pickle.load(f, encoding="latin1")  # the format that the set is published in
+        try:
+            with open(path, "rb") as f:
+                return pickle.load(f, encoding="latin1")  # the format that the set is published in
+        except (EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is damaged ({error}): download the set again with torchvision") from error
 
     meta = read("batches.meta" if ten else "meta")
     classes = list(meta["label_names" if ten else "fine_label_names"])
@@ -139,11 +146,14 @@ def _read_list(path: Path, num_classes: int | None) -> tuple[list[str], list[int
             break
     else:
         raise UserError(f"no such list: {path}")
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+    try:
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        text = content.decode()
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{candidate} is damaged or no text: {error}") from error
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     names, labels = [], []
-    for number, line in enumerate(content.decode().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.rpartition(" ")

@@ -15,10 +15,10 @@ def class_weights(counts: np.ndarray, power: float) -> Tensor:
 
 
 def robust(prediction: Tensor, projection: Tensor) -> Tensor:
-    """L_robust = −cos(p_i, stop_grad(z_ī)), the mean of both directions, for [2n, d] that hold view 1 and then view 2."""
+    """L_robust = −Σ_i cos(p_i, stop_grad(z_ī)) over both views, mean over the batch, for [2n, d] that hold view 1 and then view 2."""
     p1, p2 = prediction.chunk(2)
     z1, z2 = projection.detach().chunk(2)
-    return -(F.cosine_similarity(p1, z2) + F.cosine_similarity(p2, z1)).mean() / 2
+    return -(F.cosine_similarity(p1, z2) + F.cosine_similarity(p2, z1)).mean()
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -114,7 +114,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(features(), num_classes, projection), seed, "weights"))
     if role == "observer" and not registry.norm_layers(model):
         raise UserError(f"observer.net={settings.net} with norm={settings.norm} has no BatchNorm layer to align: use observer.norm=batch or another net")
-    images = open_images(split, size, ranks.device, config.runtime.memory_gb, config.runtime.workers)
+    images = open_images(split, size, ranks.device, config.data.memory_gb, config.runtime.workers)
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = ViewSpec(size, tuple(settings.crop_scale) if settings.crop_scale else None, settings.crop_padding, config.data.mirror, settings.randaugment, settings.magnitude)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
@@ -136,7 +136,9 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     share = (local.stop - local.start) * ranks.world / settings.batch_size
     training: nn.Module = _Training(model)
     if ranks.world > 1:
-        unused = not debiased or settings.debias == 0
+        # After its first step DDP lays its buckets out anew, unless it looks for unused parameters; with three or more ranks the
+        # order of additions depends on the layout, and a resumed run would start with the first layout again.
+        unused = not debiased or settings.debias == 0 or ranks.world > 2
         training = ranks.parallel(training, find_unused_parameters=unused)
     step, total = begin, steps * settings.epochs
     progress = context.progress(role, total, "steps", begin)

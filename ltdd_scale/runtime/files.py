@@ -32,9 +32,11 @@ def explain(error: OSError, path: Path) -> UserError:
     """A full disk or a read-only folder, in words."""
     if error.errno == errno.ENOSPC:
         return UserError(f"{path}: no space left on the device; free some and run the same command again: finished work is kept")
+    if error.filename is not None and Path(error.filename).parent != path.parent and path not in Path(error.filename).parents:
+        return UserError(f"{error.filename}: {error.strerror or error}")  # something that was read, not what was being written
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store")
-    return UserError(f"{path}: {error.strerror}")
+    return UserError(f"{path}: {error.strerror or error}")
 
 
 def sync_folder(folder: Path) -> None:

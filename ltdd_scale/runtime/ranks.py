@@ -94,7 +94,8 @@ def join(device: str, precision: str, threads: int) -> Ranks:
             raise UserError(f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc")
         torch.cuda.set_device(local)
         torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = False  # crops are matrix products, and their pixels want float32
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.set_num_threads(threads)
     if world > 1 and not dist.is_initialized():
         # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
