@@ -35,7 +35,7 @@ class Node:
     reads: dict[str, Any]
     inputs: list[str]
     fingerprint: str = ""
-    effort: float = 1.0  # relative, for sharing students out over ranks
+    effort: float = 1.0  # a student's epochs, for sharing students out over ranks
 
     def folder(self, store: Path) -> Path:
         return store / self.stage / self.fingerprint
@@ -95,7 +95,7 @@ def graph(config: Config) -> dict[str, Node]:
         shape = {"width": config.teacher.width, "norm": config.teacher.norm, "ipc": None if which == "full" else config.ipc}
         reads = {"unit": unit, "evaluate": {**judged, "epochs": epochs}, "relabel": made, **shape, **net}
         name = f"student/{which}-{unit['labels']}-{unit['net']}-s{unit['seed']}"
-        add(name, "student", unit, reads, inputs, effort=epochs * (20 if which == "full" else 1))
+        add(name, "student", unit, reads, inputs, effort=epochs)
         students.append(name)
     add("evaluate", "evaluate", None, {"labels": config.relabel.labels, **c["evaluate"]}, ["shard", "observer", "teacher", "calibrate", *students])
     return nodes

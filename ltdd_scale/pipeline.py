@@ -139,6 +139,12 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
         raise files.explain(error, folder) from error
 
 
+def _efforts(students: list[Node], shard: Path, ipc: int) -> np.ndarray:
+    """Image-epochs of each student."""
+    counts = files.read_json(shard / "manifest.json")["splits"]["train"]["counts"]
+    return np.asarray([s.effort * (sum(counts) if s.work["set"] == "full" else len(counts) * ipc) for s in students])
+
+
 def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bool = False, auto_ranks: bool = True) -> dict[str, Node]:
     """Bring `targets` (node names) up to date; return the graph. Students are shared out over ranks, all other stages use all ranks."""
     nodes = graph(config)
@@ -169,7 +175,7 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
     if students:
         begin = time.monotonic()
         announce(f"{len(students)} students …")
-        mine = sampling.spread(np.asarray([nodes[n].effort for n in students]), ranks.world)[ranks.rank]
+        mine = sampling.spread(_efforts([nodes[n] for n in students], nodes["shard"].folder(store), config.ipc), ranks.world)[ranks.rank]
         alone = Ranks(0, 1, ranks.device, ranks.autocast_dtype)
         for done, k in enumerate(mine, 1):
             _execute(nodes[students[k]], nodes, config, store, alone, quiet, auto_ranks)
