@@ -29,11 +29,12 @@ def test_channel_moments_and_their_gradient(shape):
     torch.manual_seed(0)
     x = (torch.randn(shape) * 2 + 0.5).requires_grad_()
     a, b = torch.rand(shape[1]), torch.rand(shape[1])
-    mean, var = recover.ChannelMoments.apply(x)
+    same, mean, var = recover.ChannelMoments.apply(x)
+    c = torch.randn(shape)
     ref_var, ref_mean = torch.var_mean(x, (0, 2, 3), correction=0)
     assert torch.allclose(mean, ref_mean, atol=1e-6) and torch.allclose(var, ref_var, rtol=1e-5)
-    (ours,) = torch.autograd.grad((mean * a + var * b).sum(), x)
-    (reference,) = torch.autograd.grad((ref_mean * a + ref_var * b).sum(), x)
+    (ours,) = torch.autograd.grad((mean * a + var * b).sum() + (same * c).sum(), x)
+    (reference,) = torch.autograd.grad((ref_mean * a + ref_var * b).sum() + (x * c).sum(), x)
     assert torch.allclose(ours, reference, atol=1e-7)
 
 
