@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torchvision
+
+from ltdd_scale.runtime.ranks import Ranks
 
 
 def _synchronize() -> None:
@@ -29,6 +32,17 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
             if number:
                 times[name].append(time.perf_counter() - begin)
     return times
+
+
+def begin(doc: str) -> tuple[int, Ranks]:
+    """Read --rounds and --threads, print the circumstances; return the rounds and this process, in float32 on the GPU where there is one."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(circumstances(args.threads), "\n")
+    return args.rounds, Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
 
 
 def circumstances(threads: int) -> str:

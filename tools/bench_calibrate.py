@@ -5,12 +5,11 @@ python tools/bench_calibrate.py [--rounds 5] [--threads 1]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench import circumstances, in_turns, table
+from bench import begin, in_turns, table
 
 from ltdd_scale import calibrate
 from ltdd_scale.config import Calibrate
@@ -18,7 +17,6 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import MemoryImages, normalizer
 from ltdd_scale.models import registry
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks
 
 
 def per_class_loop(model, layers, images, normalize, batch: int, spec: ViewSpec) -> None:
@@ -48,15 +46,9 @@ def per_class_loop(model, layers, images, normalize, batch: int, spec: ViewSpec)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = Ranks(0, 1, device, None)
+    rounds, ranks = begin(__doc__)
+    device = ranks.device
     context = Context(ranks, Path("."), {}, "bench", 1e9, quiet=True)
-    print(circumstances(args.threads), "\n")
     normalize = normalizer([0.5] * 3, [0.25] * 3, device)
     # (net, width, pixels, images, classes): images are noise, since only the time matters
     for net, width, size, n, num_classes in (("convnet3", 64, 32, 1024, 10), ("resnet18_cifar", 0, 32, 128, 100), ("resnet18", 0, 224, 64, 100), ("resnet50", 0, 224, 32, 1000)):
@@ -82,7 +74,7 @@ def main() -> None:
                 "calibration": lambda: calibrate.collect(model, layers, images, normalize, settings, context, "", spec),  # noqa: B023
                 "per-class loop": lambda: per_class_loop(model, layers, images, normalize, batch, spec),  # noqa: B023
             },
-            args.rounds,
+            rounds,
         )
         print(table(f"{net} at {size} px, {n} images, {num_classes} classes", times, "bare forward pass", n, "images"), flush=True)
 

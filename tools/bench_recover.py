@@ -5,19 +5,17 @@ python tools/bench_recover.py [--rounds 5] [--threads 1]
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import circumstances, in_turns, table
+from bench import begin, in_turns, table
 from torchvision.transforms import v2
 
 from ltdd_scale import recover
 from ltdd_scale.config import Recover
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.models import registry
-from ltdd_scale.runtime.ranks import Ranks, rng
+from ltdd_scale.runtime.ranks import rng
 
 
 def published(images, labels, model, layers, targets, steps: int, size: int) -> None:
@@ -52,16 +50,9 @@ def published(images, labels, model, layers, targets, steps: int, size: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(circumstances(args.threads), "\n")
+    rounds, ranks = begin(__doc__)
+    device = ranks.device
     for net, width, size, n, steps in (("convnet3", 64, 32, 100, 10), ("resnet18", 0, 224, 16, 2), ("resnet50", 0, 224, 8, 2)):
-        # The reference runs in float32 and so must ours here: bfloat16 on a GPU is measured against bfloat16.
-        ranks = Ranks(0, 1, device, None)
         model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(registry.backbone(net, width, "batch", size), 10, 0), "bench"))  # noqa: B023
         model.eval().requires_grad_(False)
         layers = registry.norm_layers(model)
@@ -87,7 +78,7 @@ def main() -> None:
 
         times = in_turns(
             {"forward + input gradient": bare, "recovery": ours, "published formulation": lambda: published(images, labels, model, layers, targets, steps, size)},  # noqa: B023
-            args.rounds,
+            rounds,
         )
         print(table(f"{net} at {size} px, batch {n}, {steps} steps, float32", times, "forward + input gradient", n * steps, "image-iterations"), flush=True)
 
