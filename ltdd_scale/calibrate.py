@@ -117,7 +117,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     statistics: dict[str, Any] = {"fair": config.strategies.calibrate, "batchnorm": list(norms), "moments": {}, "running": {}}
     if config.strategies.calibrate:
         split = ShardSplit(context.input("shard"), "train")
-        images = open_images(split, config.data.resolution, ranks.device, config.data.memory_gb, config.runtime.workers)
+        images = open_images(split, config, ranks.device)
         normalize = normalizer(split.mean, split.std, ranks.device)
         layers = {**norms, **(registry.conv_layers(model) if settings.conv_inputs else {})}
         for number in range(settings.passes):

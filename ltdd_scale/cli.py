@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run", type=Path, help="a run folder, such as runs/quickstart")
     p = commands.add_parser("verify", help="re-hash an artefact", description="Re-hash a run folder, a stage folder, a shard set or a distilled set.")
     p.add_argument("path", type=Path)
+    p = commands.add_parser("inspect", help="what is in a shard set", description="The long-tail profile, sizes and samples of a shard set.")
+    p.add_argument("path", type=Path, help="a shard set or a run folder")
     p = commands.add_parser("fit", help="train a network on a distilled set", description="Train a network on a distilled set: no config, no real data needed.")
     p.add_argument("distilled", type=Path, help="a distilled set, such as runs/quickstart/distilled")
     p.add_argument("--net", help="network (default: the one the set was judged with)")
@@ -100,13 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(reference())
             code = 0
-        elif args.command in ("status", "verify", "fit"):
+        elif args.command in ("status", "verify", "inspect", "fit"):
             from ltdd_scale import session
 
             if args.command == "status":
                 code = session.status(args.run)
             elif args.command == "verify":
                 code = session.verify(args.path)
+            elif args.command == "inspect":
+                code = session.inspect(args.path)
             else:
                 from ltdd_scale import fit
 

@@ -31,8 +31,8 @@ def option(default: Any, doc: str, choices: tuple = (), low: float | None = None
 class Data:
     """The real, long-tailed set."""
 
-    source: str = option("digits", "where the images come from", choices=("digits", "folder", "list"))
-    path: str = option("", "folder: <split>/<class>/…, torchvision's CIFAR folder or Tiny-ImageNet's; list: the root that list lines start from")
+    source: str = option("digits", "where the images come from", choices=("digits", "folder", "list", "shards"))
+    path: str = option("", "folder: <split>/<class>/…, torchvision's CIFAR folder or Tiny-ImageNet's; list: the root that list lines start from; shards: a shard set")
     train_list: str = option("", "list: file of 'path label' lines, plain or .gz; relative names are looked up under data.path")
     val_list: str = option("", "list: the same for validation; empty: none")
     test_list: str = option("", "list: the same for testing")
@@ -46,7 +46,9 @@ class Data:
     resolution: int = option(32, "side in pixels that networks see", low=4)
     store_resolution: int = option(0, "side in pixels of the images in the shards (short side, centre crop, PNG); 0: original bytes", low=0)
     memory_gb: float = option(4.0, "sets that fit in this when decoded are held in memory, as centre squares; larger ones are cropped from the originals", low=0)
+    loader: str = option("auto", "what decodes sets too large for memory; auto: DALI where it is installed, else PyTorch", choices=("auto", "dali", "torch"))
     mirror: bool = option(True, "a mirrored image is still of its class (not so for digits)")
+    store_quality: int = option(0, "JPEG quality of images stored at store_resolution; 0: lossless PNG", low=0, high=100)
     shard_images: int = option(2000, "images a shard (2,000 of ImageNet are about 220 MB)", low=1)
 
 
@@ -166,7 +168,7 @@ class Runtime:
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bfloat16 autocast on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
     threads: int = option(1, "CPU threads a process; more than one may change the last bits", low=1)
-    workers: int = option(4, "decoding processes a rank, for sets too large for memory", low=0)
+    workers: int = option(4, "decoding threads (DALI) or processes (PyTorch) a rank", low=0)
     checkpoint_seconds: float = option(60.0, "time between checkpoints", low=0)
 
 
@@ -270,7 +272,7 @@ def check(config: Config) -> list[str]:
     for section in ("initialize", "recover", "evaluate"):
         if not getattr(config, section).crop_scale:
             raise UserError(f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
-    if config.evaluate.split == "val" and not (data.val_per_class or data.val_list):
+    if config.evaluate.split == "val" and not (data.val_per_class or data.val_list or data.source == "shards"):
         raise UserError("evaluate.split=val needs data.val_per_class or data.val_list")
     if config.recover.iterations and not (config.recover.ce or config.recover.alignment):
         raise UserError("recover.ce, recover.alignment: both are 0, so recovery would do nothing; set recover.iterations=0 if that is meant")
@@ -288,6 +290,11 @@ def check(config: Config) -> list[str]:
         warnings.append("recover.classwise has no effect with strategies.calibrate=false")
     if config.relabel.labels != "stored" and not config.evaluate.matrix and config.relabel.topk:
         warnings.append(f"relabel.topk has no effect with relabel.labels={config.relabel.labels}")
+    if data.source == "shards":
+        given = [n for n in ("profile", "imbalance_factor", "max_per_class", "val_per_class", "store_resolution") if getattr(data, n) != getattr(Data(), n)]
+        warnings += [f"data.{n} has no effect with data.source=shards: the set is taken as it is" for n in given]
+    if data.store_quality and not data.store_resolution:
+        warnings.append("data.store_quality has no effect without data.store_resolution: original bytes are kept")
     if data.profile != "exponential" and data.imbalance_factor != 1:
         warnings.append(f"data.imbalance_factor has no effect with data.profile={data.profile}")
     return warnings

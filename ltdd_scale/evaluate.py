@@ -19,7 +19,7 @@ from ltdd_scale import softlabels
 from ltdd_scale.config import Config, Evaluate
 from ltdd_scale.data import arrays
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import MemoryImages, StreamedImages, normalizer, open_images
+from ltdd_scale.data.loader import MemoryImages, normalizer, open_images, stream_images
 from ltdd_scale.data.longtail import GROUPS
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
@@ -170,11 +170,11 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     normalize = normalizer(split.mean, split.std, ranks.device)
     which, num_classes = unit["set"], len(split.classes)
     if which == "full":
-        images: Any = open_images(split, size, ranks.device, config.data.memory_gb, config.runtime.workers)
+        images: Any = open_images(split, config, ranks.device)
     elif which == "random":
         chosen = random_real(split.labels, num_classes, config.ipc, unit["seed"])
         plans = [(part, None) for part in np.split(chosen, range(256, len(chosen), 256))]
-        parts = StreamedImages(split, size, ranks.device, config.runtime.workers).stream(plans, ViewSpec(size))
+        parts = stream_images(split, config, ranks.device).stream(plans, ViewSpec(size))
         images = MemoryImages(np.concatenate([arrays.to_uint8(part) for part in parts]), split.labels[chosen], ranks.device)
     else:
         folder = context.input("recover" if which == "distilled" else "initialize")
@@ -190,7 +190,7 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     title = f"{which} {unit['labels']} {unit['net']} seed {unit['seed']}"
     average, history = train_student(student, images, labels, teacher, normalize, spec, settings, epochs, seed, context, title)
     held = ShardSplit(context.input("shard"), settings.split)
-    test = open_images(held, size, ranks.device, config.data.memory_gb, config.runtime.workers)
+    test = open_images(held, config, ranks.device)
     result = metrics(predict(average, test, normalize, ranks), held.labels, split.manifest["groups"])
     if not math.isfinite(history[-1]):
         raise UserError(f"{title}: the loss is {history[-1]}; lower evaluate.lr (it is {settings.lr})")
@@ -228,7 +228,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     saved = tensors.load(context.input("teacher") / "weights.pt")
     split, held = ShardSplit(context.input("shard"), "train"), ShardSplit(context.input("shard"), config.evaluate.split)
     normalize = normalizer(split.mean, split.std, ranks.device)
-    images = open_images(held, config.data.resolution, ranks.device, config.data.memory_gb, config.runtime.workers)
+    images = open_images(held, config, ranks.device)
     experts = {}
     for role, path in (
         ("teacher", context.input("teacher") / "weights.pt"),

@@ -104,7 +104,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """
     ranks, split = context.ranks, ShardSplit(context.input("shard"), "train")
     size = config.data.resolution
-    images = open_images(split, size, ranks.device, config.data.memory_gb, config.runtime.workers)
+    images = open_images(split, config, ranks.device)
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = ViewSpec(size, tuple(config.initialize.crop_scale), mirror=config.data.mirror)
     saved = tensors.load(context.input("teacher") / "weights.pt")

@@ -32,11 +32,15 @@ def _run_shard(config: Config, context: Context) -> dict[str, Any]:
     if not context.ranks.first:
         return {}
     data = config.data
-    source = sources.open_source(data)
-    name = "set" if data.source != "digits" else "digits"
-    manifest = shards.write(context.out, name, source, data.shard_images, data.store_resolution, quiet=context.quiet)
+    if data.source == "shards":
+        manifest = shards.adopt(Path(data.path), context.out, context.quiet)
+    else:
+        name = "set" if data.source != "digits" else "digits"
+        manifest = shards.write(context.out, name, sources.open_source(data), data.shard_images, data.store_resolution, quiet=context.quiet, quality=data.store_quality)
     counts = manifest["splits"]["train"]["counts"]
     context.say(f"shard: {sum(counts)} training images of {len(counts)} classes, {max(counts)} … {min(counts)} a class")
+    if manifest["notes"].get("official ImageNet-LT") == "yes":
+        context.say("shard: the training list is the official one of ImageNet-LT")
     if manifest["quarantined"]:
         context.say(f"shard: {manifest['quarantined']} images do not decode and are left out: see {context.out / 'quarantine.json'}")
     return {"train": sum(counts), "largest": max(counts), "smallest": min(counts), "quarantined": manifest["quarantined"]}

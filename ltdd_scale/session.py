@@ -154,6 +154,19 @@ def status(run: Path) -> int:
     return 0
 
 
+def inspect(path: Path) -> int:
+    """Print what is in a shard set, or in the one that a run reads."""
+    if (path / "run.json").exists():
+        record = files.read_json(path / "run.json")
+        path = Path(record["store"]) / record["stages"].get("shard", "shard")
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path}: no shard set there (no manifest.json); 'ltdd-scale shard CONFIG' makes one")
+    from ltdd_scale.data import profile
+
+    print(profile.describe(path))
+    return 0
+
+
 def verify(path: Path) -> int:
     """Re-hash a run folder, a stage folder, a shard set or a distilled set. 0 where every byte is as recorded."""
     if not path.exists():
@@ -173,7 +186,7 @@ def verify(path: Path) -> int:
         elif (folder / "manifest.json").exists():
             from ltdd_scale.data import shards
 
-            found = shards.verify(folder)
+            found = shards.verify(folder, quiet=False)
         else:
             raise UserError(f"{folder}: nothing to verify here (no run.json, stage.json, manifest.json or files.json)")
         print(f"{folder}: {'as recorded' if not found else f'{len(found)} damaged'}")

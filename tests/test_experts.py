@@ -36,7 +36,7 @@ class Held:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_see_the_parts_of_one_global_batch(world):
     settings, spec = Expert(batch_size=11), train.ViewSpec(8, None, 1)
-    make = lambda rank, n: train._plans(settings, spec, Held, "s", 4, range(1, 3), Ranks(rank, n, torch.device("cpu"), None), 2)  # noqa: E731
+    make = lambda rank, n: train.EpochPlans(settings, spec, Held, "s", 4, 1, 3, Ranks(rank, n, torch.device("cpu"), None), 2)  # noqa: E731
     whole, parts = make(0, 1), [make(r, world) for r in range(world)]
     assert len(whole) == 2 * 4
     for k, (indices, views) in enumerate(whole):

@@ -1,53 +1,215 @@
+import gc
+import io
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from conftest import image_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import loader, shards, sources
-from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.config import Config, Data, Expert
+from ltdd_scale.data import dali, loader, shards, sources
+from ltdd_scale.data.augment import ViewSpec, centre_boxes, pixel_boxes
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data.streamed import StreamedImages
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime.ranks import rng
+from ltdd_scale.experts.train import EpochPlans
+from ltdd_scale.runtime.ranks import Ranks, rng
+
+CPU = torch.device("cpu")
+needs_dali = pytest.mark.skipif(not dali.is_installed(), reason="nvidia-dali is not installed")
+
+
+def write(folder, root):
+    folder.mkdir()
+    shards.write(folder, "set", sources.open_source(Data(source="folder", path=str(root), profile="full")), 5, 0, 1, quiet=True)
+    return ShardSplit(folder, "train")
 
 
 @pytest.fixture
 def split(tmp_path):
     image_folder(tmp_path / "real", {"a": 7, "b": 6}, size=24)
     image_folder(tmp_path / "real", {"a": 1, "b": 1}, "test", size=24)
-    (tmp_path / "s").mkdir()
-    shards.write(tmp_path / "s", "set", sources.open_source(Data(source="folder", path=str(tmp_path / "real"), profile="full")), 5, 0, 1, quiet=True)
-    return ShardSplit(tmp_path / "s", "train")
+    return write(tmp_path / "s", tmp_path / "real")
 
 
-def plans(spec, sizes):
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Pieces of scikit-learn's two photographs as JPEGs of many sizes, colours and greys, two of them turned by EXIF."""
+    root = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for name, picture in zip("ab", load_sample_images().images, strict=True):
+        for part, count in (("train", 13), ("test", 1)):
+            (root / "real" / part / name).mkdir(parents=True)
+            for k in range(count):
+                h, w = generator.integers(60, 400, 2)
+                top, left = generator.integers(0, 427 - h), generator.integers(0, 640 - w)
+                image = Image.fromarray(picture[top : top + h, left : left + w])
+                exif = image.getexif()
+                if k == 3:
+                    exif[0x0112] = 6
+                image = image.convert("L") if k == 5 else image
+                image.save(root / "real" / part / name / f"{k}.jpg", quality=92, exif=exif)
+    return write(root / "s", root / "real")
+
+
+def plans(spec, sizes, parts=4):
     order = rng(3).permutation(len(sizes))
-    return [(part, spec.draw(rng(4, k), sizes[part])) for k, part in enumerate(np.array_split(order, 4))]
+    return [(part, spec.draw(rng(4, k), sizes[part])) for k, part in enumerate(np.array_split(order, parts))]
+
+
+def config(**data) -> Config:
+    return Config(data=Data(resolution=24, **data))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_and_held_images_are_the_same(split, workers):
-    cpu = torch.device("cpu")
+    held = loader.open_images(split, config(), CPU)
+    streamed = StreamedImages(split, 24, CPU, workers)
+    assert isinstance(held, loader.MemoryImages)
     for spec in (ViewSpec(24, None, 4), ViewSpec(24, (0.3, 1.0)), ViewSpec(24, (0.3, 1.0), mirror=False, randaugment=1)):
-        held = loader.open_images(split, 24, cpu, 1.0, 0)
-        streamed = loader.open_images(split, 24, cpu, 0.0, workers)
-        assert isinstance(held, loader.MemoryImages) and isinstance(streamed, loader.StreamedImages)
         todo = plans(spec, held.sizes)
         for a, b in zip(held.stream(todo, spec), streamed.stream(todo, spec), strict=True):
-            # The one resizes floats, the other bytes, and only the one sees beyond the window's edge.
-            assert (a - b).abs().mean() < 0.02 and a.shape == b.shape
+            # The one cuts between pixels and resizes floats, the other cuts at pixels and resizes bytes.
+            assert (a - b).abs().mean() < 0.1 and a.shape == b.shape
     whole = [(p[0], None) for p in todo]
     for a, b in zip(held.stream(whole, spec), streamed.stream(whole, spec), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_stopped_decoding_is_named(split, workers):
-    where = split._where[3]
+def test_the_backend_is_the_one_asked_for_or_that_fits(split):
+    assert isinstance(loader.open_images(split, config(memory_gb=0, loader="torch"), CPU), StreamedImages)
+    assert loader.backend(split, config()) == "torch"  # a set that fits in memory, looked at once
+    if dali.is_installed():
+        assert isinstance(loader.open_images(split, config(memory_gb=0), CPU), dali.DaliImages)
+        assert loader.backend(split, config(loader="dali")) == "dali"
+    else:
+        with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
+            loader.stream_images(split, config(loader="dali"), CPU)
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [64, 224])
+def test_dali_shows_what_pytorch_shows(photographs, size):
+    """The same order and windows; pixels differ by how a JPEG's colours are brought to full size and by rounding."""
+    ours, theirs = dali.DaliImages(photographs, size, CPU, 2), StreamedImages(photographs, size, CPU, 0)
+    for spec in (ViewSpec(size, (0.3, 1.0)), ViewSpec(size, None, 4), ViewSpec(size, (0.3, 1.0), randaugment=2)):
+        todo = plans(spec, photographs.sizes)
+        found = list(ours.stream(todo, spec))
+        for (indices, _), a, b in zip(todo, found, theirs.stream(todo, spec), strict=True):
+            assert a.shape == b.shape == (len(indices), 3, size, size) and a.dtype == torch.float32
+            difference = (a - b).abs().mean((1, 2, 3))
+            # The next image of the batch is far away: neither order nor window can be another's. (Equalising makes more of a difference.)
+            assert (difference < (0.08 if spec.randaugment else 0.03)).all() and (a - b.roll(1, 0)).abs().mean() > 0.1, difference
+    todo = [(p[0], None) for p in todo]
+    for a, b in zip(ours.stream(todo, spec), theirs.stream(todo, spec), strict=True):
+        assert (a - b).abs().mean((1, 2, 3)).max() < 0.03
+    assert len(found) == 4 and not torch.equal(found[0][0], found[1][0])
+
+
+@needs_dali
+def test_dali_gives_tensors_that_stay(photographs):
+    """Batches are handed over without a copy: none may be written again while it is held."""
+    images, spec = dali.DaliImages(photographs, 64, CPU, 2), ViewSpec(64, (0.3, 1.0))
+    todo = plans(spec, photographs.sizes, 13)
+    held, copies = [], []
+    for x in itertools.chain(images.stream(todo, spec), images.stream(todo, spec)):
+        held.append(x)
+        copies.append(x.clone())
+    gc.collect()
+    assert len(held) == 26 and all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held[:13], held[13:], strict=True))
+
+
+@needs_dali
+def test_dali_streams_may_be_left_nested_and_of_any_batch(photographs):
+    images, spec = dali.DaliImages(photographs, 32, CPU, 2), ViewSpec(32, (0.3, 1.0))
+    todo = plans(spec, photographs.sizes)
+    expected = list(images.stream(todo, spec))
+    stream = images.stream(todo, spec)
+    assert torch.equal(next(stream), expected[0])
+    inner = list(images.stream(todo, spec))  # while the other is under way
+    stream.close()
+    assert all(torch.equal(a, b) for a, b in zip(inner, expected, strict=True))
+    assert list(images.stream([], spec)) == []
+    both = (np.concatenate([todo[0][0], todo[1][0]]), spec.draw(rng(9), photographs.sizes[np.concatenate([todo[0][0], todo[1][0]])]))
+    small_first = list(images.stream([todo[0], both], spec))
+    assert [len(x) for x in small_first] == [len(todo[0][0]), len(both[0])]
+    assert torch.equal(small_first[1], next(iter(images.stream([both], spec))))
+
+
+class Sizes:
+    """What a plan needs of a set."""
+
+    def __init__(self, n):
+        self.labels, self.sizes = np.arange(n) % 3, np.full((n, 2), 40)
+        self.counts = np.bincount(self.labels)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(4, 60), st.integers(2, 9), st.integers(1, 4), st.data())
+def test_every_rank_and_every_resume_see_the_same_epoch(n, batch, world, data):
+    """Each epoch's uniform order is a permutation, ranks' parts are disjoint and complete, and a cut changes nothing, ends included."""
+    batch, images, spec = min(batch, n), Sizes(n), ViewSpec(8, (0.5, 1.0))
+    steps = n // batch
+    cut = data.draw(st.integers(0, steps))
+    make = lambda first, rank, world: EpochPlans(Expert(batch_size=batch), spec, images, "s", 1, first, steps, Ranks(rank, world, CPU, None), 2)  # noqa: E731
+    alone, parts = make(0, 0, 1), [make(0, r, world) for r in range(world)]
+    seen = np.concatenate([alone[k][0] for k in range(0, len(alone), 4)])
+    assert len(set(seen)) == len(seen) == steps * batch and len(alone) == 4 * steps
+    for k in range(len(alone)):
+        assert [i for p in parts for i in p[k][0]] == list(alone[k][0])
+        assert np.concatenate([p[k][1].windows for p in parts]).tobytes() == alone[k][1].windows.tobytes()
+    rest = make(cut, 0, 1)
+    assert len(rest) == len(alone) - 4 * cut
+    for k in range(len(rest)):
+        (i, v), (j, w) = rest[k], alone[k + 4 * cut]
+        assert (i == j).all() and v.windows.tobytes() == w.windows.tobytes()
+    with pytest.raises(IndexError):
+        alone[len(alone)]
+
+
+@given(st.integers(0, 999), st.floats(0.01, 1))
+def test_boxes_are_inside_their_images(seed, low):
+    sizes = np.random.default_rng(seed).integers(1, 3000, (20, 2))
+    for boxes in (pixel_boxes(ViewSpec(8, (low, 1.0)).draw(rng(seed), sizes).windows, sizes), centre_boxes(sizes)):
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[:, ::-1]).all()
+    assert (boxes[:, 2] == boxes[:, 3]).all()
+
+
+def spoil(split, i):
+    where = split._where[i]
     tar = bytearray(split._paths[where[0]].read_bytes())
     tar[where[1] : where[1] + where[2]] = bytes(where[2])
     split._paths[where[0]].write_bytes(tar)
-    images = loader.StreamedImages(split, 24, torch.device("cpu"), workers)
-    with pytest.raises(UserError, match=rf"set-train-000000.tar, offset {where[1]} \(train/a/003.png\)") as caught:
-        list(images.stream([(np.asarray([2, 3]), None), (np.asarray([4]), None), (np.asarray([5]), None)], ViewSpec(24)))
-    assert "\n" not in str(caught.value)
+    return where[1]
+
+
+@pytest.mark.parametrize("backend", ["torch 0", "torch 2", pytest.param("dali", marks=needs_dali)])
+def test_an_image_that_stopped_decoding_is_named(split, backend):
+    offset = spoil(split, 3)
+    images = dali.DaliImages(split, 24, CPU, 2) if backend == "dali" else StreamedImages(split, 24, CPU, int(backend[-1]))
+    spec, todo = ViewSpec(24, (0.5, 1.0)), [np.asarray([2, 3]), np.asarray([4]), np.asarray([5])]
+    for given_views in (False, True):
+        with pytest.raises(UserError, match=rf"set-train-000000.tar, offset {offset}, 00000003.png \(train/a/003.png\)") as caught:
+            list(images.stream([(i, spec.draw(rng(0), split.sizes[i]) if given_views else None) for i in todo], spec))
+        assert "\n" not in str(caught.value)
+    assert len(next(iter(images.stream([(np.asarray([0, 1]), None)], spec)))) == 2  # the others are there
+
+
+@needs_dali
+def test_training_goes_the_same_way_with_either_decoder(photographs, tmp_path):
+    """What reaches the network is alike enough: mean pixels of an epoch's batches agree."""
+    spec = ViewSpec(48, (0.3, 1.0))
+    todo = EpochPlans(Expert(batch_size=8), spec, StreamedImages(photographs, 48, CPU, 0), "s", 0, 0, 3, Ranks(0, 1, CPU, None), 2)
+    means = [[float(x.mean()) for x in kind.stream(todo, spec)] for kind in (dali.DaliImages(photographs, 48, CPU, 1), StreamedImages(photographs, 48, CPU, 2))]
+    assert len(means[0]) == 12 and np.abs(np.subtract(*means)).max() < 0.01
+
+
+def test_encoded_bytes_are_those_of_the_file(photographs):
+    assert photographs.view(2).tobytes() == photographs.encoded(2)
+    assert Image.open(io.BytesIO(photographs.encoded(2))).size == tuple(photographs.sizes[2])

@@ -23,7 +23,7 @@ def source(tmp_path):
 
 def written(folder, source, workers=1, **kwargs):
     folder.mkdir()
-    return shards.write(folder, "set", source, kwargs.pop("shard_images", 5), kwargs.pop("store_resolution", 0), workers, quiet=True)
+    return shards.write(folder, "set", source, kwargs.pop("shard_images", 5), kwargs.pop("store_resolution", 0), workers, quiet=True, **kwargs)
 
 
 def contents(folder):
@@ -149,3 +149,44 @@ def test_a_stale_index_is_refused(tmp_path, source):
 def test_stored_smaller(tmp_path, source):
     written(tmp_path / "s", source(), store_resolution=6)
     assert ShardSplit(tmp_path / "s", "train").image(3).size == (6, 6)
+
+
+def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
+    """CMYK, palettes and 16 bits become RGB in a PNG; sizes are those of the pixels as stored, whatever EXIF says."""
+    real = tmp_path / "real" / "train" / "a"
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    picture.convert("CMYK").save(real / "cmyk.jpg")
+    picture.convert("P").save(real / "palette.png")
+    Image.fromarray(generator.integers(0, 65536, (40, 30), dtype=np.uint16)).save(real / "deep.png")
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(real / "turned.jpg", exif=exif)
+    written(tmp_path / "s", source())
+    split = ShardSplit(tmp_path / "s", "train")
+    names = [n.split("/")[-1] for n in split.names]
+    for name, kept in (("cmyk.jpg", False), ("palette.png", False), ("deep.png", False), ("turned.jpg", True)):
+        i = names.index(name)
+        assert (split.encoded(i) == (real / name).read_bytes()) == kept and split.sizes[i].tolist() == [30, 40]
+        if not kept:
+            image = Image.open(io.BytesIO(split.encoded(i)))
+            assert (image.format, image.mode) == ("PNG", "RGB")
+
+
+def test_stored_as_jpeg_of_a_quality(tmp_path, source):
+    manifest = written(tmp_path / "s", source(), store_resolution=6, quality=70)
+    split = ShardSplit(tmp_path / "s", "train")
+    assert manifest["stored"] == {"side": 6, "jpeg_quality": 70} and Image.open(io.BytesIO(split.encoded(0))).format == "JPEG"
+
+
+def test_a_set_that_lies_elsewhere_is_taken_as_it_is(tmp_path, source):
+    (tmp_path / "taken").mkdir()
+    before = written(tmp_path / "s", source())
+    assert shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True) == before and shards.verify(tmp_path / "taken") == []
+    first, second = ShardSplit(tmp_path / "s", "train"), ShardSplit(tmp_path / "taken", "train")
+    assert first.encoded(3) == second.encoded(3) and first.names == second.names
+    (tmp_path / "s" / "set-train-000000.idx").write_text("v1.2 0\n")
+    with pytest.raises(UserError, match="hash does not match"):
+        shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True)
+    with pytest.raises(UserError, match="no shard set in"):
+        shards.adopt(tmp_path, tmp_path / "taken", quiet=True)

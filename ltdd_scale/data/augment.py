@@ -49,6 +49,12 @@ class ViewSpec:
         ops = rng.integers(0, NUM_OPS, (n, self.randaugment))
         return Views(windows, mirrored, ops, rng.random((n, self.randaugment)) < 0.5)
 
+    def after_crop(self, views: Views) -> Views:
+        """What is left of `views` for a backend that has cut the crop (it leaves shifts alone)."""
+        if self.crop_scale is None:
+            return views
+        return Views(np.tile(np.float32([0, 0, 1, 1]), (len(views.windows), 1)), views.mirrored, views.ops, views.signs)
+
 
 def _crop_windows(rng: np.random.Generator, sizes: np.ndarray, scale: tuple[float, float], ratio=(3 / 4, 4 / 3), tries: int = 10) -> np.ndarray:
     """torchvision's RandomResizedCrop, for all images at once: the first of `tries` windows that fits, else the largest centred one."""
@@ -68,6 +74,23 @@ def _crop_windows(rng: np.random.Generator, sizes: np.ndarray, scale: tuple[floa
     place = np.where(ok[:, None], rng.random((n, 2)), 0.5)
     top, left = place[:, 0] * (height - h), place[:, 1] * (width - w)
     return np.stack([top / height, left / width, h / height, w / width], 1).astype(np.float32)
+
+
+def pixel_boxes(windows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Windows as whole pixels of the encoded images, int32 [n, 4] (top, left, height, width), at least one pixel and inside the image.
+
+    Decoders cut at pixels: every backend that decodes cuts at these.
+    """
+    full = sizes[:, ::-1]
+    low = np.clip(np.round(windows[:, :2] * full), 0, full - 1)
+    high = np.clip(np.round((windows[:, :2] + windows[:, 2:]) * full), low + 1, full)
+    return np.concatenate([low, high - low], 1).astype(np.int32)
+
+
+def centre_boxes(sizes: np.ndarray) -> np.ndarray:
+    """The centre squares of images of `sizes` (width, height), as `pixel_boxes` gives windows."""
+    short = sizes.min(1, keepdims=True)
+    return np.concatenate([(sizes[:, ::-1] - short) // 2, short, short], 1).astype(np.int32)
 
 
 def _resampling(start: torch.Tensor, extent: torch.Tensor, source: int, size: int) -> torch.Tensor:
@@ -136,15 +159,19 @@ def apply(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
     device = images.device
     windows = torch.from_numpy(views.windows).to(device, non_blocking=True)
     mirrored = torch.from_numpy(views.mirrored).to(device, non_blocking=True)
-    out = crop_resize(images, windows, mirrored, spec.resolution)
+    return apply_ops(crop_resize(images, windows, mirrored, spec.resolution), views, spec)
+
+
+def apply_ops(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
+    """The RandAugment operations of `views` alone, on float images in [0, 1]; changes `images`."""
     for k in range(views.ops.shape[1]):
         pairs = views.ops[:, k] * 2 + views.signs[:, k]
         for pair in np.unique(pairs):
             op, sign = divmod(int(pair), 2)
             if op:
-                members = torch.from_numpy(np.flatnonzero(pairs == pair)).to(device)
-                out[members] = _apply_op(out[members], op, bool(sign), spec.magnitude).clamp(0, 1)
-    return out
+                members = torch.from_numpy(np.flatnonzero(pairs == pair)).to(images.device)
+                images[members] = _apply_op(images[members], op, bool(sign), spec.magnitude).clamp(0, 1)
+    return images
 
 
 def cutmix_boxes(rng: np.random.Generator, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:

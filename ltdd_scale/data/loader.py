@@ -1,33 +1,25 @@
 """Batches of real images: a plan says which image and which view at each position, a loader only fetches.
 
-Small sets are held decoded in memory and their views are computed a batch at a time; larger ones are decoded by worker
-processes from memory-mapped shards. Both give float images in [0, 1] of the same windows.
+Small sets are held decoded in memory and their views are computed a batch at a time; larger ones are decoded as they are needed, by DALI where it
+is installed, else by PyTorch's worker processes. All give float images in [0, 1] of the same windows in the same order.
 """
 
 from __future__ import annotations
 
-import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
-from ltdd_scale.data import augment
-from ltdd_scale.data.augment import Views, ViewSpec
-from ltdd_scale.data.shards import ShardSplit, square
+from ltdd_scale.config import Config
+from ltdd_scale.data import augment, dali, streamed
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data.streamed import Plan
 from ltdd_scale.errors import UserError
 
-Plan = tuple[np.ndarray, Views | None]  # image indices and their views; no views: the whole image, centred
-
-
-def decode(split: ShardSplit, resolution: int) -> np.ndarray:
-    """Every image of a split, whole and centred: uint8 [N, 3, R, R]."""
-    pixels = np.empty((len(split), 3, resolution, resolution), np.uint8)
-    for i in range(len(split)):
-        pixels[i] = np.asarray(square(split.image(i), resolution)).transpose(2, 0, 1)
-    return pixels
+FEW = 2000  # images that one process decodes sooner than others start
 
 
 class MemoryImages:
@@ -46,86 +38,41 @@ class MemoryImages:
             yield images if views is None else augment.apply(images, views, spec)
 
 
-class _Decoding(Dataset):
-    """Item k is the whole batch of plan k: uint8 [n, 3, R, R]."""
-
-    def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bool):
-        self.split, self.plans, self.resolution, self.whole = split, plans, resolution, whole
-
-    def __len__(self) -> int:
-        return len(self.plans)
-
-    def __getitem__(self, k: int) -> torch.Tensor:
-        indices, views = self.plans[k]
-        r = self.resolution
-        out = np.empty((len(indices), 3, r, r), np.uint8)
-        for j, i in enumerate(indices):
-            if views is None or self.whole:
-                image = square(self.split.image(int(i)), r)
-            else:
-                image = decode_window(self.split.encoded(int(i)), views.windows[j], r)
-            out[j] = np.asarray(image).transpose(2, 0, 1)
-        return torch.from_numpy(out)
+def fits_memory(split: ShardSplit, config: Config) -> bool:
+    return len(split) * 3 * config.data.resolution**2 <= config.data.memory_gb * 2**30
 
 
-def decode_window(content: bytes, window: np.ndarray, size: int) -> Image.Image:
-    """A window (top, left, height, width as fractions) of an encoded image at size × size, decoding no finer than needed."""
-    image = Image.open(io.BytesIO(content))
-    top, left, h, w = np.clip(window, 0, 1)
-    image.draft("RGB", (int(size / w), int(size / h)))
-    image = image.convert("RGB")
-    box = (left * image.width, top * image.height, min((left + w), 1.0) * image.width, min((top + h), 1.0) * image.height)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+def backend(split: ShardSplit, config: Config) -> str:
+    """What decodes the images of `split`: "dali" or "torch"."""
+    if config.data.loader == "dali" and not dali.is_installed():
+        raise UserError("data.loader=dali, but nvidia-dali is not installed: pip install nvidia-dali-cuda130 (it needs no GPU), or --set data.loader=torch")
+    wanted = config.data.loader == "dali" or (config.data.loader == "auto" and not fits_memory(split, config))
+    return "dali" if wanted and dali.is_installed() else "torch"
 
 
-def _quiet_worker(_: int) -> None:
-    import signal
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-
-
-def _said_plainly(loader: DataLoader) -> Iterator[torch.Tensor]:
-    """The loader's batches; a worker's `UserError` without the worker's traceback around it."""
-    try:
-        yield from loader
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from error
+def stream_images(split: ShardSplit, config: Config, device: torch.device) -> streamed.StreamedImages | dali.DaliImages:
+    """Images decoded as they are needed."""
+    size, workers = config.data.resolution, config.runtime.workers
+    if backend(split, config) == "dali":
+        return dali.DaliImages(split, size, device, min(workers, len(os.sched_getaffinity(0))))
+    return streamed.StreamedImages(split, size, device, workers)
 
 
-class StreamedImages:
-    """A split decoded as it is needed, by `workers` processes."""
-
-    def __init__(self, split: ShardSplit, resolution: int, device: torch.device, workers: int):
-        self.split, self.resolution, self.device, self.workers = split, resolution, device, workers
-        self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
-
-    def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
-        """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
-        plans = list(plans)
-        loader = DataLoader(
-            _Decoding(self.split, plans, self.resolution, whole=spec.crop_scale is None),
-            batch_size=None,
-            num_workers=max(0, min(self.workers, len(plans) - 1)),  # one batch is not worth a process
-            worker_init_fn=_quiet_worker,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the loader must not draw from the global one
-        )
-        whole = np.float32([0, 0, 1, 1])
-        for (indices, views), images in zip(plans, _said_plainly(loader), strict=True):
-            images = images.to(self.device, non_blocking=True).float() / 255
-            if views is not None:  # a crop is done by now, a shift is not, nor are mirroring and colours
-                windows = views.windows if spec.crop_scale is None else np.tile(whole, (len(indices), 1))
-                rest = Views(windows, views.mirrored, views.ops, views.signs)
-                images = augment.apply(images, rest, spec)
-            yield images
+def decode(split: ShardSplit, resolution: int, workers: int) -> np.ndarray:
+    """Every image of a split, whole and centred: uint8 [N, 3, R, R]."""
+    pixels = np.empty((len(split), 3, resolution, resolution), np.uint8)
+    plans = [(np.arange(i, min(i + 256, len(split))), None) for i in range(0, len(split), 256)]
+    batches = streamed.decoded(split, plans, resolution, True, workers if len(split) > FEW else 0)
+    for (indices, _), (images, _) in zip(plans, batches, strict=True):
+        pixels[indices] = images.numpy()
+    return pixels
 
 
-def open_images(split: ShardSplit, resolution: int, device: torch.device, memory_gb: float, workers: int) -> MemoryImages | StreamedImages:
+def open_images(split: ShardSplit, config: Config, device: torch.device):
     """The loader that fits the set."""
-    if len(split) * 3 * resolution**2 <= memory_gb * 2**30:
-        return MemoryImages(decode(split, resolution), split.labels, device)
-    return StreamedImages(split, resolution, device, workers)
+    if fits_memory(split, config):
+        return MemoryImages(decode(split, config.data.resolution, config.runtime.workers), split.labels, device)
+    return stream_images(split, config, device)
 
 
 def normalizer(mean: Sequence[float], std: Sequence[float], device: torch.device):

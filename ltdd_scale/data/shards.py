@@ -11,10 +11,11 @@ import ctypes
 import io
 import mmap
 import os
+import shutil
 import signal
 import tarfile
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import Progress
 
-KEPT = {"JPEG": "jpg", "PNG": "png"}  # formats whose bytes are kept; any other is rewritten as PNG
+# Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand each in its own way: it is rewritten as RGB in a PNG.
+KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -37,33 +39,39 @@ def square(image: Image.Image, side: int) -> Image.Image:
     if image.size == (side, side):
         return image
     short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
+    left, top = (image.width - short) // 2, (image.height - short) // 2  # whole pixels, as every decoder cuts
     return image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short), reducing_gap=3.0)
 
 
-def _admit(content: bytes, store_resolution: int) -> tuple[bytes, str, Image.Image]:
-    """Bytes to store, their extension, and the whole decoded RGB image. Raises with the reason where it does not decode."""
+def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, str, Image.Image]:
+    """Bytes to store, their extension, and the whole decoded RGB image. Raises with the reason where it does not decode.
+
+    With a `store_resolution` the centre square of that side is stored, as JPEG of `quality`, or as PNG where that is 0.
+    An EXIF orientation is left as it is: no decoder here turns images, as torchvision does not.
+    """
     if not content:
         raise ValueError("zero bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content))
         image.load()
-    ext, rgb = KEPT.get(image.format or ""), image.convert("RGB")
+    ext, rgb = KEPT.get((image.format or "", image.mode)), image if image.mode == "RGB" else image.convert("RGB")
     if store_resolution:
         rgb, ext = square(rgb, store_resolution), None
     if ext is None:
-        buffer = io.BytesIO()
-        rgb.save(buffer, "PNG")
-        content, ext = buffer.getvalue(), "png"
+        buffer, as_jpeg = io.BytesIO(), bool(store_resolution and quality)
+        rgb.save(buffer, "JPEG", quality=quality) if as_jpeg else rgb.save(buffer, "PNG")
+        content, ext = buffer.getvalue(), "jpg" if as_jpeg else "png"
     return content, ext, rgb
 
+
+VALUES = np.arange(256)
 
 # The split that worker processes read from; inherited by fork, since readers are closures over files or arrays.
 _SPLIT: Split | None = None
 
 
-def _write_shard(path: str, first: int, last: int, store_resolution: int) -> dict[str, Any]:
+def _write_shard(path: str, first: int, last: int, store_resolution: int, quality: int) -> dict[str, Any]:
     """Write images first … last−1 of the split as one tar with its index; return the rows that describe them."""
     assert _SPLIT is not None
     buffer = io.BytesIO()
@@ -73,15 +81,15 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int) -> dic
     for i in range(first, last):
         name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
         try:
-            content, ext, rgb = _admit(_SPLIT.read(i), store_resolution)
+            content, ext, rgb = _admit(_SPLIT.read(i), store_resolution, quality)
         except Exception as error:
             bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
             continue
         writer.write({"__key__": f"{i:08d}", ext: content, "cls": b"%05d" % label})
         rows.append([i, label, *rgb.size])
         # Integer sums: the mean and deviation do not depend on how the work was shared out.
-        flat = np.asarray(rgb, np.uint8).reshape(-1, 3).astype(np.int64)
-        sums, squares, pixels = sums + flat.sum(0), squares + (flat * flat).sum(0), pixels + len(flat)
+        counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
+        sums, squares, pixels = sums + counts @ VALUES, squares + counts @ VALUES**2, pixels + rgb.width * rgb.height
     writer.close()
     content = buffer.getvalue()
     files.write_bytes(Path(path).with_suffix(".idx"), _index(content))
@@ -115,7 +123,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
+def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, quality: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
     global _SPLIT
     _SPLIT = split
     starts = range(0, len(split.names), shard_images)
@@ -132,13 +140,13 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
     if workers > 1 and len(todo) > 1:
         with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork"), initializer=_end_with_parent) as pool:
-            jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution)) for k, first, last in todo]
+            jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution, quality)) for k, first, last in todo]
             for k, n, job in jobs:
                 parts[k] = job.result()
                 progress.update(done := done + n)
     else:
         for k, first, last in todo:
-            parts[k] = _write_shard(str(paths[k]), first, last, store_resolution)
+            parts[k] = _write_shard(str(paths[k]), first, last, store_resolution, quality)
             progress.update(done := done + last - first)
     ordered = [parts[k] for k in range(len(starts))]
     rows = np.asarray([row for p in ordered for row in p["rows"]], np.int64).reshape(-1, 4)
@@ -163,7 +171,9 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     return info, [{"split": name, **b} for p in ordered for b in p["bad"]]
 
 
-def write(folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False) -> dict:
+def write(
+    folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False, quality: int = 0
+) -> dict:
     """Write all splits of `source` into `folder`; return the manifest.
 
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
@@ -171,10 +181,11 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
     """
     workers = workers or min(len(os.sched_getaffinity(0)), 16)  # each holds a whole tar in memory
     splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
-    manifest: dict[str, Any] = {"format": 1, "name": name, "classes": source.classes, "notes": source.notes, "splits": {}}
+    stored = {"side": store_resolution, "jpeg_quality": quality} if store_resolution else "original bytes"
+    manifest: dict[str, Any] = {"format": 1, "name": name, "stored": stored, "classes": source.classes, "notes": source.notes, "splits": {}}
     quarantine: list[dict] = []
     for split_name, split in splits.items():
-        info, bad = _write_split(folder, f"{name}-{split_name}", split, shard_images, store_resolution, workers, quiet)
+        info, bad = _write_split(folder, f"{name}-{split_name}", split, shard_images, store_resolution, quality, workers, quiet)
         quarantine += bad
         labels = np.load(folder / f"{name}-{split_name}-meta.npy")[:, 0]
         info["counts"] = np.bincount(labels, minlength=len(source.classes)).tolist()
@@ -194,23 +205,48 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
     return manifest
 
 
-def verify(folder: str | Path) -> list[str]:
-    """Re-hash every shard, index and table against the manifest; return what is wrong, one line each."""
+def adopt(shards: Path, folder: Path, quiet: bool = False) -> dict:
+    """Take a shard set that lies elsewhere into `folder`: verified, then linked (copied where the file system has no links). Returns its manifest."""
+    if not (shards / "manifest.json").exists():
+        raise UserError(f"data.path: no shard set in {shards} (no manifest.json); tools/shard_imagenet_lt.py or 'ltdd-scale shard' make one")
+    wrong = verify(shards, quiet)
+    if wrong:
+        raise UserError(wrong[0])
+    for path in sorted(p for p in shards.iterdir() if p.suffix in (".tar", ".idx", ".npy", ".txt", ".json") and p.name not in ("stage.json", "manifest.json")):
+        (folder / path.name).unlink(missing_ok=True)
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
+    manifest = files.read_json(shards / "manifest.json")
+    files.write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def verify(folder: str | Path, quiet: bool = True) -> list[str]:
+    """Re-hash every shard, index and table against the manifest, on all cores; return what is wrong, one line each.
+
+    SHA-256 because processors hash it at over a gigabyte a second (a disk gives less) and everyone has a tool that checks it.
+    """
     folder = Path(folder)
-    manifest, wrong = files.read_json(folder / "manifest.json"), []
-
-    def compare(path: Path, digest: str) -> None:
-        if not path.exists():
-            wrong.append(f"{path}: missing")
-        elif files.sha256(path) != digest:
-            wrong.append(f"{path}: its hash does not match the manifest; delete the folder and shard again")
-
+    manifest = files.read_json(folder / "manifest.json")
+    expected: list[tuple[Path, str]] = []
     for split, info in manifest["splits"].items():
         for shard in info["shards"]:
-            compare(folder / shard["file"], shard["sha256"])
-            compare((folder / shard["file"]).with_suffix(".idx"), shard["idx"])
-        compare(folder / f"{manifest['name']}-{split}-meta.npy", info["meta"])
-        compare(folder / f"{manifest['name']}-{split}-names.txt", info["names"])
+            expected += [(folder / shard["file"], shard["sha256"]), ((folder / shard["file"]).with_suffix(".idx"), shard["idx"])]
+        expected += [(folder / f"{manifest['name']}-{split}-{table}", info[key]) for table, key in (("meta.npy", "meta"), ("names.txt", "names"))]
+
+    def compare(item: tuple[Path, str]) -> str | None:
+        path, digest = item
+        if not path.exists():
+            return f"{path}: missing"
+        return None if files.sha256(path) == digest else f"{path}: its hash does not match the manifest; delete the folder and shard again"
+
+    wrong, progress = [], Progress("verify", len(expected), "files", quiet)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets go of the interpreter's lock
+        for done, line in enumerate(pool.map(compare, expected), 1):
+            wrong += [line] if line else []
+            progress.update(done)
     return wrong
 
 
@@ -260,20 +296,30 @@ class ShardSplit:
         """Where each image came from."""
         return (self.folder / f"{self.manifest['name']}-{self.split}-names.txt").read_text().splitlines()
 
-    def encoded(self, i: int) -> bytes:
-        k, offset, size = self._where[i]
+    def view(self, i: int) -> np.ndarray:
+        """The encoded bytes of image `i`, uint8 [n], not copied: pages are read when they are looked at."""
+        k, offset, size = (int(v) for v in self._where[i])
         if k not in self._maps:
             with open(self._paths[k], "rb") as f:
                 self._maps[k] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[k][offset : offset + size]
+        return np.frombuffer(self._maps[k], np.uint8, size, offset)
+
+    def encoded(self, i: int) -> bytes:
+        return self.view(i).tobytes()
 
     def image(self, i: int) -> Image.Image:
-        """The RGB image. An error names the tar, the offset and the source."""
+        """The RGB image. An error names the tar, the offset, the key and the source."""
         try:
             return Image.open(io.BytesIO(self.encoded(i))).convert("RGB")
         except Exception as error:
-            k, offset, _ = self._where[i]
-            raise UserError(f"{self._paths[k]}, offset {offset} ({self.names[i]}): {error}; run 'ltdd-scale verify {self.folder}'") from error
+            raise self.undecodable(i, error) from error
+
+    def undecodable(self, i: int, error: Exception) -> UserError:
+        """What to say of an image that decoded once and does no more."""
+        k, offset, _ = self._where[i]
+        with tarfile.open(self._paths[k]) as tar:
+            key = next((m.name for m in tar if m.offset_data == offset), "?")
+        return UserError(f"{self._paths[k]}, offset {offset}, {key} ({self.names[i]}): {error}; run 'ltdd-scale verify {self.folder}'")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}

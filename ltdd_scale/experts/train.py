@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from ltdd_scale.config import Config, Expert
 from ltdd_scale.data import augment, sampling
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import StreamedImages, normalizer, open_images
+from ltdd_scale.data.loader import normalizer, open_images, stream_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import losses
@@ -45,21 +46,34 @@ class _Training(nn.Module):
         return self.model.heads(x)
 
 
-def _plans(settings: Expert, spec: ViewSpec, images, seed: str, epoch: int, steps: range, ranks, views: int) -> list:
-    """Per step and stream: this rank's slice of the global batch. `views` streams: uniform (and re-sampled, each seen twice)."""
-    b = settings.batch_size
-    part = sampling.rank_slice(b, ranks.rank, ranks.world)
-    orders = [sampling.uniform(len(images.labels), seed, epoch)]
-    if views > 1:
-        orders.append(sampling.resampled(images.labels, images.counts, settings.resample_power, len(orders[0]), seed, epoch))
-    plans = []
-    for step in steps:
-        for stream, order in enumerate(orders):
-            chosen = order[step * b : (step + 1) * b]
-            for copy in range(views):
-                draws = spec.draw(rng(seed, "views", epoch, step, stream, copy), images.sizes[chosen])
-                plans.append((chosen[part], draws[part]))
-    return plans
+class EpochPlans(Sequence):
+    """The rest of an epoch, from step `first`: for each step `views`² plans of this rank's slice of the global batch.
+
+    The uniform stream comes first, then (with 2 views) the re-sampled one; each is seen `views` times. Views are drawn when a plan is asked
+    for, from (seed, epoch, step, stream, copy) alone: by whoever decodes it, and starting late costs nothing.
+    """
+
+    def __init__(self, settings: Expert, spec: ViewSpec, images, seed: str, epoch: int, first: int, steps: int, ranks, views: int):
+        self.batch_size, self.spec, self.sizes, self.seed, self.epoch, self.first, self.steps, self.views = settings.batch_size, spec, images.sizes, seed, epoch, first, steps, views
+        self.part = sampling.rank_slice(self.batch_size, ranks.rank, ranks.world)
+        self.orders = [sampling.uniform(len(images.labels), seed, epoch)]
+        if views > 1:
+            self.orders.append(sampling.resampled(images.labels, images.counts, settings.resample_power, len(images.labels), seed, epoch))
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * self.views**2
+
+    def chosen(self, step: int, stream: int) -> np.ndarray:
+        """The global batch of `step`, indices [batch_size]."""
+        return self.orders[stream][step * self.batch_size : (step + 1) * self.batch_size]
+
+    def __getitem__(self, k: int):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        step, (stream, copy) = self.first + k // self.views**2, divmod(k % self.views**2, self.views)
+        chosen = self.chosen(step, stream)
+        views = self.spec.draw(rng(self.seed, "views", self.epoch, step, stream, copy), self.sizes[chosen])
+        return chosen[self.part], views[self.part]
 
 
 def _mix(pictures: list[torch.Tensor], labels: list[torch.Tensor], generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,13 +87,13 @@ def _mix(pictures: list[torch.Tensor], labels: list[torch.Tensor], generator: np
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: ShardSplit, resolution: int, normalize, ranks, workers: int, batch: int = 256) -> float:
+def accuracy(model: nn.Module, split: ShardSplit, config: Config, normalize, ranks, batch: int = 256) -> float:
     """Top-1 in per cent of a split, every image once, shared over ranks."""
     mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world)]
-    images = StreamedImages(split, resolution, ranks.device, workers)  # one pass: each rank decodes its own part only
+    images = stream_images(split, config, ranks.device)  # one pass: each rank decodes its own part only
     plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
     right = 0
-    for (indices, _), x in zip(plans, images.stream(plans, ViewSpec(resolution)), strict=True):
+    for (indices, _), x in zip(plans, images.stream(plans, ViewSpec(config.data.resolution)), strict=True):
         with ranks.autocast():
             right += int((model(normalize(x)).argmax(1).cpu().numpy() == split.labels[indices]).sum())
     return 100 * sum(ranks.gather(right)) / len(split)
@@ -114,7 +128,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(features(), num_classes, projection), seed, "weights"))
     if role == "observer" and not registry.norm_layers(model):
         raise UserError(f"observer.net={settings.net} with norm={settings.norm} has no BatchNorm layer to align: use observer.norm=batch or another net")
-    images = open_images(split, size, ranks.device, config.data.memory_gb, config.runtime.workers)
+    images = open_images(split, config, ranks.device)
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = ViewSpec(size, tuple(settings.crop_scale) if settings.crop_scale else None, settings.crop_padding, config.data.mirror, settings.randaugment, settings.magnitude)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
@@ -145,15 +159,14 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     model.train()
     while step < total:
         epoch, first = divmod(step, steps)
-        plans = _plans(settings, spec, images, seed, epoch, range(first, steps), ranks, 2 if debiased else 1)
+        plans = EpochPlans(settings, spec, images, seed, epoch, first, steps, ranks, 2 if debiased else 1)
         stream = images.stream(plans, spec)
         for k in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step / steps)
-            width = 4 if debiased else 1
-            mine = plans[(k - first) * width : (k - first + 1) * width]
-            pictures = [normalize(next(stream)) for _ in mine]
-            labels = [F.one_hot(torch.from_numpy(images.labels[p[0]]).to(ranks.device), num_classes).float() for p in mine[:: max(width // 2, 1)]]
+            pictures = [normalize(next(stream)) for _ in range(plans.views**2)]
+            shown = [images.labels[plans.chosen(k, s)[local]] for s in range(plans.views)]
+            labels = [F.one_hot(torch.from_numpy(y).to(ranks.device), num_classes).float() for y in shown]
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(torch_seed(seed, "dropout", step, ranks.rank))
             if debiased:
@@ -195,7 +208,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.backbone.parameters()), "steps": total}
     held = context.input("shard")
     if "val" in split.manifest["splits"]:
-        facts["val_top1"] = round(accuracy(model, ShardSplit(held, "val"), size, normalize, ranks, config.runtime.workers), 2)
+        facts["val_top1"] = round(accuracy(model, ShardSplit(held, "val"), config, normalize, ranks), 2)
         context.say(f"{role}: {facts['val_top1']:.1f} % on validation images")
     if ranks.first:
         tensors.save(context.out / "weights.pt", {"recipe": recipe, "model": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}})

@@ -36,6 +36,7 @@ class Progress:
         worked = done - self._first
         left = (now - self._start) / worked * (self.total - done) if worked else None
         rest = "" if left is None else f"  {duration(left)} left" if done < self.total else f"  took {duration(now - self._start)}"
+        note = note or (f"{worked / (now - self._start):.0f} {self.unit}/s" if self.unit == "images" and worked else "")
         line = f"  {self.title}  {100 * done // self.total} % ({done}/{self.total} {self.unit}){rest}  {note}".rstrip()
         if self._tty:
             print(f"\r\x1b[2K{line}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)

@@ -1,0 +1,138 @@
+"""Sets too large for memory, decoded by NVIDIA DALI: the same plans, windows and order as every other backend.
+
+DALI reads, decodes, cuts and resizes; what it is to cut comes from the plan through `external_source`. So the loader has no state to save, resumes by
+being given the rest of the plans, and gives the same global order on any number of ranks. One definition serves CPUs and GPUs (``mixed`` decoding).
+The two decoders need not give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from ltdd_scale.data import augment
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data.streamed import Plan
+from ltdd_scale.errors import UserError
+
+DEPTH = 2  # batches decoded ahead
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+class _Pipeline:
+    """One DALI pipeline and what it is working on. `feed` iterates over (encoded images, boxes, mirrored)."""
+
+    def __init__(self, batch_size: int, resolution: int, device: torch.device, threads: int):
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = device.type == "cuda"
+        self.batch_size, self.feed = batch_size, iter(())
+        self.pipe = Pipeline(batch_size, threads, device.index or 0 if gpu else None, seed=0, prefetch_queue_depth=DEPTH, exec_dynamic=True)
+        with self.pipe:
+            encoded, anchor, shape, mirror = fn.external_source(
+                source=lambda: next(self.feed), num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0], no_copy=True
+            )
+            images = fn.decoders.image_slice(
+                encoded, anchor, shape, device="mixed" if gpu else "cpu", axis_names="HW", normalized_anchor=False, normalized_shape=False, output_type=types.RGB,
+                adjust_orientation=False,  # pixels as they are stored, which is what Pillow and torchvision show  # fmt: skip
+            )
+            images = fn.resize(images, size=[resolution, resolution], interp_type=types.INTERP_LINEAR, antialias=True)
+            self.pipe.set_outputs(fn.crop_mirror_normalize(images, mirror=mirror, mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW"))
+        self.pipe.build()
+
+    def run(self, stream: Any) -> torch.Tensor | None:
+        """The next batch, float [n, 3, R, R] in [0, 1], or None at the end of the feed. The tensor owns its memory."""
+        try:
+            (images,) = self.pipe.run(stream)
+        except StopIteration:
+            self.pipe.reset()
+            return None
+        return torch.from_dlpack(images.as_tensor())
+
+
+class DaliImages:
+    """A split decoded by DALI on `threads` CPU threads, or on the GPU."""
+
+    def __init__(self, split: ShardSplit, resolution: int, device: torch.device, threads: int):
+        self.split, self.resolution, self.device, self.threads = split, resolution, device, max(threads, 1)
+        self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
+        self._idle: list[_Pipeline] = []
+
+    def _pipeline(self, batch_size: int) -> _Pipeline:
+        for k, found in enumerate(self._idle):
+            if found.batch_size >= batch_size:
+                return self._idle.pop(k)
+        self._idle.clear()  # a larger batch has come: the smaller pipelines' buffers are not needed beside it
+        return _Pipeline(batch_size, self.resolution, self.device, self.threads)
+
+    def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
+        """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order. Plans are asked for as they are needed."""
+        plans = iter(plans)
+        first = next(plans, None)
+        if first is None:
+            return
+        pipeline, whole = self._pipeline(max(len(first[0]), 1)), spec.crop_scale is None
+        under_way: deque[tuple[Plan, Any, bool]] = deque()
+        pipeline.feed = self._feed(itertools.chain([first], plans), pipeline.batch_size, whole, under_way)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        parts = []
+        try:
+            while (images := pipeline.run(stream)) is not None:
+                (_, views), _, ends = under_way.popleft()
+                if views is not None and whole:
+                    images = augment.apply(images, views, spec)
+                elif views is not None:  # cut and mirrored by now
+                    images = augment.apply_ops(images, views, spec)
+                parts.append(images)
+                if ends:
+                    yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                    parts = []
+        except RuntimeError as error:
+            raise self._culprit([plan for plan, _, _ in under_way], error) from error
+        except GeneratorExit:  # the reader has had enough: what is under way is thrown away
+            pipeline.feed = iter(())
+            with suppress(RuntimeError):
+                while pipeline.run(stream) is not None:
+                    pass
+                self._idle.append(pipeline)
+            raise
+        self._idle.append(pipeline)
+
+    def _feed(self, plans: Iterable[Plan], size: int, whole: bool, under_way: deque) -> Iterator[tuple]:
+        """What DALI is given for each plan, in pieces of at most `size` images; noted in `under_way` with the last piece of a plan marked."""
+        for indices, views in plans:
+            for i in range(0, max(len(indices), 1), size):
+                piece, seen = indices[i : i + size], None if views is None else views[i : i + size]
+                if seen is None or whole:
+                    boxes, mirrored = augment.centre_boxes(self.sizes[piece]), np.zeros(len(piece), np.int32)
+                else:
+                    boxes, mirrored = augment.pixel_boxes(seen.windows, self.sizes[piece]), seen.mirrored.astype(np.int32)
+                given = [self.split.view(int(k)) for k in piece], boxes[:, :2].copy(), boxes[:, 2:].copy(), mirrored
+                # DALI does not copy: the arrays must live until it is done with them.
+                under_way.append(((piece, seen), given, i + size >= len(indices)))
+                yield given
+
+    def _culprit(self, plans: list[Plan], error: Exception) -> UserError:
+        """Which image it was. DALI says only that one failed, and its pipeline is of no further use."""
+        for indices, _ in plans:
+            for i in indices:
+                alone = _Pipeline(1, self.resolution, self.device, 1)
+                box = augment.centre_boxes(self.sizes[[i]])
+                alone.feed = iter([([self.split.view(int(i))], box[:, :2].copy(), box[:, 2:].copy(), np.zeros(1, np.int32))])
+                try:
+                    alone.run(None)
+                except RuntimeError as reason:
+                    detail = next((line.strip() for line in str(reason).splitlines() if "rror" not in line and line.strip()), "it does not decode")
+                    return self.split.undecodable(int(i), ValueError(f"DALI: {detail}"))
+        return UserError(f"DALI failed: {str(error).splitlines()[0]}; --set data.loader=torch does without it")
