@@ -60,7 +60,14 @@ def units(config: Config) -> list[dict[str, Any]]:
 def graph(config: Config) -> dict[str, Node]:
     """All nodes of the config by name, inputs before what needs them, fingerprints set."""
     c = to_dict(config)
-    net = {"seed": c["seed"], "resolution": config.data.resolution, "mirror": config.data.mirror, "memory_gb": config.data.memory_gb, "loader": config.data.loader, "precision": config.runtime.precision}
+    net = {
+        "seed": c["seed"],
+        "resolution": config.data.resolution,
+        "mirror": config.data.mirror,
+        "memory_gb": config.data.memory_gb,
+        "loader": config.data.loader,
+        "precision": config.runtime.precision,
+    }
     data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror", "memory_gb", "loader")}
     judged = {k: v for k, v in c["evaluate"].items() if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")}
     nodes: dict[str, Node] = {}

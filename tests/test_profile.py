@@ -41,7 +41,9 @@ def test_the_tool_writes_imagenet_lt_and_a_run_takes_it(tmp_path):
     out = tmp_path / "shards"
     command = [sys.executable, str(ROOT / "tools" / "shard_imagenet_lt.py"), str(root), "--out", str(out), "--shard-images", "5", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "2 classes" in done.stdout and sorted(p.name for p in out.glob("*train*.tar")) == [f"imagenet_lt-train-00000{k}.tar" for k in range(3)], done.stderr
+    assert done.returncode == 0 and "2 classes" in done.stdout and sorted(p.name for p in out.glob("*train*.tar")) == [f"imagenet_lt-train-00000{k}.tar" for k in range(3)], (
+        done.stderr
+    )
     (tmp_path / "c.yaml").write_text(f"data: {{source: shards, path: {out}, resolution: 12}}\n")
     taken = cli("shard", tmp_path / "c.yaml", "--out", tmp_path / "run")
     assert taken.returncode == 0 and "13 training images of 2 classes" in taken.stderr, taken.stderr

@@ -44,8 +44,15 @@ class _Pipeline:
                 source=lambda: next(self.feed), num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0], no_copy=True
             )
             images = fn.decoders.image_slice(
-                encoded, anchor, shape, device="mixed" if gpu else "cpu", axis_names="HW", normalized_anchor=False, normalized_shape=False, output_type=types.RGB,
-                adjust_orientation=False,  # pixels as they are stored, which is what Pillow and torchvision show  # fmt: skip
+                encoded,
+                anchor,
+                shape,
+                device="mixed" if gpu else "cpu",
+                axis_names="HW",
+                normalized_anchor=False,
+                normalized_shape=False,
+                output_type=types.RGB,
+                adjust_orientation=False,  # pixels as they are stored, which is what Pillow and torchvision show
             )
             images = fn.resize(images, size=[resolution, resolution], interp_type=types.INTERP_LINEAR, antialias=True)
             self.pipe.set_outputs(fn.crop_mirror_normalize(images, mirror=mirror, mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW"))

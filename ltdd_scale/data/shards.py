@@ -171,9 +171,7 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     return info, [{"split": name, **b} for p in ordered for b in p["bad"]]
 
 
-def write(
-    folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False, quality: int = 0
-) -> dict:
+def write(folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False, quality: int = 0) -> dict:
     """Write all splits of `source` into `folder`; return the manifest.
 
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.

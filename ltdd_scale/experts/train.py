@@ -54,7 +54,16 @@ class EpochPlans(Sequence):
     """
 
     def __init__(self, settings: Expert, spec: ViewSpec, images, seed: str, epoch: int, first: int, steps: int, ranks, views: int):
-        self.batch_size, self.spec, self.sizes, self.seed, self.epoch, self.first, self.steps, self.views = settings.batch_size, spec, images.sizes, seed, epoch, first, steps, views
+        self.batch_size, self.spec, self.sizes, self.seed, self.epoch, self.first, self.steps, self.views = (
+            settings.batch_size,
+            spec,
+            images.sizes,
+            seed,
+            epoch,
+            first,
+            steps,
+            views,
+        )
         self.part = sampling.rank_slice(self.batch_size, ranks.rank, ranks.world)
         self.orders = [sampling.uniform(len(images.labels), seed, epoch)]
         if views > 1:
