@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ltdd_scale import __version__
 from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import signals
 
 STAGES = {
     "shard": "write the WebDataset shards of the real set",
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace, arguments: list[str]) -> int:
+    signals.install()  # before anything that takes time
     from ltdd_scale import config as configuration
     from ltdd_scale import graph, launch, session
 
@@ -95,6 +97,7 @@ def _work(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it is imported: large pages save page faults on a CPU
     args = _parser().parse_args(arguments)
     try:
         if args.command == "config":
@@ -122,6 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(1)  # what all ranks found out is said once: rank 0's end ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 1
+    except signals.Preempted as request:
+        if os.environ.get("RANK", "0") == "0" and "LTDD_RENDEZVOUS" not in os.environ:
+            print(f"stopped by {request}; the same command goes on from here", file=sys.stderr, flush=True)
+        code = signals.STOP_CODE
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         code = 130

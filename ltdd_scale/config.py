@@ -76,6 +76,18 @@ class Expert:
 
 
 @dataclass
+class Train:
+    """The engine that trains both experts."""
+
+    engine: str = option("ddp", "ddp: DistributedDataParallel; deepspeed: ZeRO", choices=("ddp", "deepspeed"))
+    deepspeed: str = option("configs/deepspeed/zero1.json", "deepspeed: its options; batches, precision and clipping are set from here")
+    micro_batch: int = option(0, "images of each view that a rank puts through the network at once; more are accumulated; 0: its whole part of the batch", low=0)
+    clip: float = option(0.0, "largest norm of the gradient; 0: no clipping", low=0)
+    sync_bn: bool = option(True, "BatchNorm over the batches of all ranks, so that training does not depend on their number")
+    compile: bool = option(False, "torch.compile: faster on GPUs after a minute or more at each start; changes the last bits")
+
+
+@dataclass
 class Strategies:
     """The three strategies of RLDD, each to be switched off by one --set."""
 
@@ -182,6 +194,7 @@ class Config:
     data: Data = dataclasses.field(default_factory=Data)
     observer: Expert = dataclasses.field(default_factory=lambda: Expert(norm="batch"))
     teacher: Expert = dataclasses.field(default_factory=Expert)
+    train: Train = dataclasses.field(default_factory=Train)
     strategies: Strategies = dataclasses.field(default_factory=Strategies)
     calibrate: Calibrate = dataclasses.field(default_factory=Calibrate)
     initialize: Initialize = dataclasses.field(default_factory=Initialize)
@@ -278,6 +291,10 @@ def check(config: Config) -> list[str]:
         raise UserError("recover.ce, recover.alignment: both are 0, so recovery would do nothing; set recover.iterations=0 if that is meant")
     if config.recover.ce == 0 and config.recover.alignment not in (0.0, 1.0):
         warnings.append("recover.alignment scales the whole loss when recover.ce is 0: Adam does not see it")
+    if config.train.engine == "deepspeed" and config.train.compile:
+        raise UserError("train.compile works with train.engine=ddp only")
+    if config.train.engine != "deepspeed" and config.train.deepspeed != Train.deepspeed:
+        warnings.append("train.deepspeed has no effect with train.engine=ddp")
     for role in ("observer", "teacher"):
         expert = getattr(config, role)
         if expert.crop_scale and expert.crop_padding != Expert.crop_padding:

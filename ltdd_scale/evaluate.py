@@ -24,7 +24,7 @@ from ltdd_scale.data.longtail import GROUPS
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
-from ltdd_scale.runtime import files, tensors
+from ltdd_scale.runtime import files, signals, tensors
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng, torch_seed
 
@@ -77,7 +77,7 @@ def train_student(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
-    progress = context.progress(title, epochs, "epochs", len(history))
+    progress = context.progress(title, epochs, "epochs", len(history), stops=False)
     student.train()
     for epoch in range(len(history), epochs):
         torch.manual_seed(torch_seed(seed, "dropout", epoch))
@@ -103,9 +103,11 @@ def train_student(
             total += loss.detach() / steps
         history.append(float(total))
         progress.update(epoch + 1, f"loss {history[-1]:.3f}")
-        if checkpoints.due() and epoch + 1 < epochs:
+        if (signals.requested() or checkpoints.due()) and epoch + 1 < epochs:
             state = {"student": student.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            checkpoints.save(epoch + 1, state)
+            checkpoints.save(epoch + 1, state, wait=signals.requested())
+            signals.check()
+    checkpoints.wait()
     return average.eval(), history
 
 

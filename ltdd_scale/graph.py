@@ -70,6 +70,9 @@ def graph(config: Config) -> dict[str, Node]:
     }
     data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror", "memory_gb", "loader")}
     judged = {k: v for k, v in c["evaluate"].items() if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")}
+    training = {k: v for k, v in c["train"].items() if k != "deepspeed"}
+    if config.train.engine == "deepspeed" and Path(config.train.deepspeed).exists():
+        training["deepspeed"] = files.read_json(config.train.deepspeed)
     nodes: dict[str, Node] = {}
 
     def add(name: str, stage: str, work: Any, reads: dict, inputs: list[str], effort: float = 1.0) -> None:
@@ -81,7 +84,7 @@ def graph(config: Config) -> dict[str, Node]:
 
     add("shard", "shard", None, data, [])
     for role in ("observer", "teacher"):
-        reads = {"role": role, role: c[role], "debias": config.strategies.debias, **net}
+        reads = {"role": role, role: c[role], "debias": config.strategies.debias, "train": training, **net}
         add(role, "experts", role, reads, ["shard"])
     add("calibrate", "calibrate", None, {"on": config.strategies.calibrate, **c["calibrate"], **net}, ["shard", "observer"])
     reads = {"confident": config.strategies.confident_init, "ipc": config.ipc, **c["initialize"], **net}

@@ -22,7 +22,7 @@ from ltdd_scale.data import sampling, shards, sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import train
 from ltdd_scale.graph import VERSIONS, Node, complete, damage, graph, needed
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import duration
 from ltdd_scale.runtime.ranks import Ranks
@@ -72,17 +72,25 @@ def _trust(folder: Path) -> None:
     _VERIFIED.add(folder)
 
 
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One process at work on a folder; the kernel lets go when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(fd):
             say(f"waiting: another run is at work on {folder}")
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while not _locked(fd):
+                signals.check()
+                time.sleep(0.2)
         yield
     finally:
         os.close(fd)
@@ -116,6 +124,7 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
 
 def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ranks: Ranks, quiet: bool, auto_ranks: bool) -> None:
     """Run one node on all `ranks`, unless another process has done it meanwhile."""
+    signals.check()
     folder = node.folder(store)
     inputs = {i: nodes[i].folder(store) for i in node.inputs}
     if ranks.first:

@@ -25,7 +25,7 @@ from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
-from ltdd_scale.runtime import tensors
+from ltdd_scale.runtime import signals, tensors
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import rng
 
@@ -234,8 +234,9 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     low, high = (0 - mean) / std, (1 - mean) / std
     spec = ViewSpec(size, tuple(settings.crop_scale), mirror=config.data.mirror)
     mine = work[ranks.rank :: ranks.world]
-    progress = context.progress("recover", len(mine) * max(settings.iterations, 1), "iterations")
+    progress = context.progress("recover", len(mine) * max(settings.iterations, 1), "iterations", stops=False)
     for position, chunk in enumerate(mine):
+        signals.check()
         path = _chunk_file(context, chunk)
         if path.exists():
             continue
@@ -251,8 +252,9 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
 
             def tick(t: int, state, position=position, checkpoints=checkpoints) -> None:
                 progress.update(position * settings.iterations + t)
-                if t < settings.iterations and checkpoints.due():
-                    checkpoints.save(t, state())
+                if t < settings.iterations and (signals.requested() or checkpoints.due()):
+                    checkpoints.save(t, state(), wait=signals.requested())
+                    signals.check()
 
             x = (torch.from_numpy(pixels).to(device).float() / 255 - mean) / std
             labels = torch.from_numpy(chunk.labels).to(device)

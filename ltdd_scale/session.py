@@ -14,7 +14,7 @@ from ltdd_scale import config as configuration
 from ltdd_scale import graph, report
 from ltdd_scale.config import Config
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import duration
 
 ABLATIONS = {
@@ -70,7 +70,9 @@ class Session:
             if peers.first or ("peer" not in str(error) and "onnection" not in str(error)):
                 raise
             # A peer is gone and has said why, or was killed: the launcher ends this rank too, and knows which it was.
-            time.sleep(30)
+            for _ in range(300):
+                signals.check()
+                time.sleep(0.1)
             raise UserError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
         finally:
             ranks.leave()

@@ -6,7 +6,7 @@ import torch
 from conftest import cli
 
 from ltdd_scale.config import Expert
-from ltdd_scale.experts import train
+from ltdd_scale.experts import batches, train
 from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.runtime.tensors import load
 
@@ -23,7 +23,7 @@ def test_labels_are_mixed_as_the_pictures_are():
     for seed in range(20):
         ones, zeros = torch.ones(5, 3, 32, 32), torch.zeros(5, 3, 32, 32)
         first, second = torch.tensor([[1.0, 0.0]]).repeat(5, 1), torch.tensor([[0.0, 1.0]]).repeat(5, 1)
-        x, y = train._mix([ones, ones, zeros, zeros], [first, second], rng(seed))
+        x, y = batches.mix([ones, ones, zeros, zeros], [first, second], rng(seed))
         assert x.shape == (10, 3, 32, 32) and torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5) and torch.allclose(y.sum(1), torch.ones(10))
         assert len(torch.unique(x[0])) == 1 and len(torch.unique(x[5])) <= 2, "MixUp blends, CutMix pastes"
 
@@ -36,7 +36,7 @@ class Held:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_see_the_parts_of_one_global_batch(world):
     settings, spec = Expert(batch_size=11), train.ViewSpec(8, None, 1)
-    make = lambda rank, n: train.EpochPlans(settings, spec, Held, "s", 4, 1, 3, Ranks(rank, n, torch.device("cpu"), None), 2)  # noqa: E731
+    make = lambda rank, n: batches.EpochPlans(settings, spec, Held, "s", 4, 1, 3, Ranks(rank, n, torch.device("cpu"), None), 2)  # noqa: E731
     whole, parts = make(0, 1), [make(r, world) for r in range(world)]
     assert len(whole) == 2 * 4
     for k, (indices, views) in enumerate(whole):

@@ -17,7 +17,7 @@ from ltdd_scale.data.augment import ViewSpec, centre_boxes, pixel_boxes
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.streamed import StreamedImages
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.train import EpochPlans
+from ltdd_scale.experts.batches import EpochPlans
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from ltdd_scale.data import dali, shards, sources
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import stream_images
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.experts.train import EpochPlans
+from ltdd_scale.experts.batches import EpochPlans
 from ltdd_scale.runtime.ranks import Ranks
 
 BATCH, SIDE = 64, 224

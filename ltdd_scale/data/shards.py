@@ -27,7 +27,7 @@ from PIL import Image
 from ltdd_scale.data.longtail import GROUPS, shot_groups
 from ltdd_scale.data.sources import Source, Split
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import Progress
 
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand each in its own way: it is rewritten as RGB in a PNG.
@@ -120,6 +120,7 @@ def _reuse(path: Path) -> dict[str, Any] | None:
 
 def _end_with_parent() -> None:
     """In a pool's worker: a killed parent must not leave it behind, holding the lock of the stage's folder."""
+    signals.restore_defaults()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -129,7 +130,7 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     starts = range(0, len(split.names), shard_images)
     paths = [folder / f"{name}-{k:06d}.tar" for k in range(len(starts))]
     parts: dict[int, dict] = {}
-    progress = Progress(f"shard {name}", len(split.names), "images", quiet)
+    progress = Progress(f"shard {name}", len(split.names), "images", quiet, pause=signals.check)
     todo = []
     for k, first in enumerate(starts):
         found = _reuse(paths[k])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from ltdd_scale.data import augment
 from ltdd_scale.data.augment import Views, ViewSpec
 from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import signals
 
 Plan = tuple[np.ndarray, Views | None]  # image indices and their views; no views: the whole image, centred
 
@@ -60,7 +60,7 @@ def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signals.restore_defaults()
 
 
 def _said_plainly(loader: DataLoader) -> Iterator[tuple[torch.Tensor, Views | None]]:

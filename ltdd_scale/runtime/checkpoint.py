@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,47 @@ class Checkpoints:
 
     `owner` (the fingerprint of the work) is stored inside, and a checkpoint of other work is refused. At least `keep` valid
     ones stay. `seconds` is the time between saves that `due` asks for.
+
+    `save` copies the state and returns; a thread writes, verifies and prunes. What went wrong there is raised by the next `save` or by `wait`.
     """
 
     def __init__(self, folder: str | Path, owner: str, seconds: float, keep: int = 2):
         self.folder, self.owner, self.seconds, self.keep = Path(folder), owner, seconds, keep
         self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self.seconds
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:012d}.pt"
-        tensors.save(path, {"owner": self.owner, "step": step, "state": state})
-        if tensors.is_whole(path.read_bytes()):
-            for old in self._numbered()[self.keep :]:
-                old.unlink(missing_ok=True)
+    def save(self, step: int, state: dict[str, Any], wait: bool = False) -> None:
+        self.wait()
+        value = {"owner": self.owner, "step": step, "state": tensors.snapshot(state)}
+        self._thread = threading.Thread(target=self._write, args=(step, value), name="checkpoint")
+        self._thread.start()
         self._last = time.monotonic()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, value: dict[str, Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step-{step:012d}.pt"
+            tensors.save(path, value)
+            if tensors.is_whole(path.read_bytes()):
+                for old in self._numbered()[self.keep :]:
+                    old.unlink(missing_ok=True)
+        except BaseException as error:  # the thread has no one to tell; `wait` has
+            self._error = error
 
     def _numbered(self) -> list[Path]:
         """Newest first."""
@@ -39,6 +64,7 @@ class Checkpoints:
 
     def load(self, device: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest valid checkpoint, or None. A damaged one is passed over for the one before."""
+        self.wait()
         for path in self._numbered():
             try:
                 saved = tensors.load(path, device)
@@ -50,6 +76,7 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
+        self.wait()
         for path in self._numbered():
             path.unlink(missing_ok=True)
         if self.folder.exists():

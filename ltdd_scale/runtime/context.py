@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.runtime.ranks import Ranks
@@ -30,8 +31,9 @@ class Context:
         if self.ranks.first and not self.quiet:
             print(f"  {text}", file=sys.stderr, flush=True)
 
-    def progress(self, title: str, total: int, unit: str, done: int = 0) -> Progress:
-        return Progress(title, total, unit, self.quiet or not self.ranks.first, done)
+    def progress(self, title: str, total: int, unit: str, done: int = 0, stops: bool = True) -> Progress:
+        """`stops`: each update is a place where work may stop on a signal, because what is done is on the disk or quickly done again."""
+        return Progress(title, total, unit, self.quiet or not self.ranks.first, done, signals.check if stops else lambda: None)
 
     def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
         return Checkpoints(self.out / name, self.fingerprint, self.checkpoint_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 
 def duration(seconds: float) -> str:
@@ -16,15 +17,19 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """``recover  34 % (17/50 chunks)  0:41 min left  loss 0.123``: redrawn on a terminal, a line now and then in a log."""
+    """What is done, the time left, a note; `pause` is called at each update, where work may stop.
 
-    def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0):
+    ``recover  34 % (17/50 chunks)  0:41 min left  loss 0.123``: redrawn on a terminal, a line now and then in a log."""
+
+    def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0, pause: Callable[[], None] = lambda: None):
+        self._pause = pause
         self.title, self.total, self.unit, self.quiet = title, max(total, 1), unit, quiet
         self.done = self._first = done
         self._start = self._shown = time.monotonic()
         self._tty = sys.stderr.isatty()
 
     def update(self, done: int, note: str = "") -> None:
+        self._pause()
         self.done = done
         now = time.monotonic()
         # A log file gets a line every 30 s, a person two a second.

@@ -58,6 +58,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, *wishes: bool) -> tuple[bool, ...]:
+        """For each wish, whether any rank has it: the same answer on every rank, in one small reduction on the CPUs."""
+        if self.world == 1:
+            return wishes
+        bits = torch.tensor([sum(1 << k for k, wish in enumerate(wishes) if wish)], dtype=torch.int32)
+        dist.all_reduce(bits, op=dist.ReduceOp.BOR)
+        return tuple(bool(int(bits) >> k & 1) for k in range(len(wishes)))
+
     def autocast(self):
         if self.autocast_dtype is None:
             return nullcontext()

@@ -15,6 +15,17 @@ from ltdd_scale.runtime import files
 _SEAL = b"LTDD-sha256:"  # a sealed file ends in this and the 32-byte digest of all before it
 
 
+def snapshot(value: Any) -> Any:
+    """`value` with every tensor copied to the CPU: what a thread can write while training goes on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: snapshot(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(v) for v in value)
+    return value
+
+
 def save(path: str | Path, value: Any) -> None:
     """`torch.save` into a sealed file. Equal values give equal bytes."""
     buffer = io.BytesIO()

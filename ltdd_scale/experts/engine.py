@@ -1,0 +1,179 @@
+"""Who averages gradients, steps the optimizer and keeps checkpoints: DDP, or DeepSpeed with ZeRO.
+
+Both give the trainer the same few verbs. The loop, the losses, the order of images and the random numbers are the trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltdd_scale.config import Expert, Train
+from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.checkpoint import Checkpoints
+from ltdd_scale.runtime.ranks import Ranks
+
+
+def sgd(model: nn.Module, settings: Expert, device: torch.device) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=device.type == "cuda" or None)
+
+
+class DDPEngine:
+    """DistributedDataParallel; checkpoints are written by rank 0, in the background."""
+
+    def __init__(self, training: nn.Module, settings: Expert, train: Train, ranks: Ranks, checkpoints: Checkpoints, unused: bool):
+        self.ranks, self.clip, self.checkpoints, self.folder = ranks, train.clip, checkpoints, checkpoints.folder
+        self.inner, self.optimizer = training, sgd(training, settings, ranks.device)
+        module = torch.compile(training) if train.compile else training
+        self.module = ranks.parallel(module, find_unused_parameters=unused) if ranks.world > 1 else module
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        saved = self.checkpoints.load(self.ranks.device)
+        if saved:
+            self.inner.load_state_dict(saved[1]["model"])
+            self.optimizer.load_state_dict(saved[1]["optimizer"])
+        return saved
+
+    def save(self, step: int, state: dict[str, Any], wait: bool) -> None:
+        """`state` beside weights and optimizer. With `wait` it is on the disk when this returns, on every rank."""
+        if self.ranks.first:
+            self.checkpoints.save(step, {"model": self.inner.state_dict(), "optimizer": self.optimizer.state_dict(), **state}, wait)
+        if wait:
+            self.ranks.barrier()
+
+    def due(self) -> bool:
+        return self.ranks.first and self.checkpoints.due()
+
+    def finish(self) -> None:
+        self.checkpoints.wait()
+
+    def forward(self, x: torch.Tensor, last: bool):
+        """A forward pass; gradients are averaged over ranks in the backward pass of the `last` part of a batch."""
+        wait = nullcontext() if last or self.ranks.world == 1 else self.module.no_sync()
+        with wait, self.ranks.autocast():
+            return self.module(x)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        wait = nullcontext() if last or self.ranks.world == 1 else self.module.no_sync()
+        with wait:
+            loss.backward()
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.inner.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed (ZeRO 1 or 2). Every rank writes its shard of the optimizer; a checkpoint counts when all of them are there and whole."""
+
+    def __init__(self, training: nn.Module, settings: Expert, train: Train, ranks: Ranks, checkpoints: Checkpoints, parts: int):
+        deepspeed = _import(ranks)
+        self.ranks, self.folder, self.owner, self.seconds = ranks, checkpoints.folder, checkpoints.owner, checkpoints.seconds
+        self.parts, self._last = parts, time.monotonic()
+        options = {
+            **files.read_json(train.deepspeed),
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed needs a number; batches and losses are the trainer's
+            "gradient_accumulation_steps": parts,
+            "gradient_clipping": train.clip,
+            "torch_autocast": {"enabled": ranks.autocast_dtype is not None, "dtype": "bfloat16"},
+        }
+        self.module, self.optimizer, _, _ = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=ranks.world == 1)
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        found = self.ranks.share(self._newest() if self.ranks.first else None)
+        if found is None:
+            return None
+        name, facts = found
+        if facts["owner"] != self.owner:
+            raise UserError(f"{self.folder / name} belongs to other work; delete it or choose another --store")
+        if facts["ranks"] != self.ranks.world:
+            raise UserError(f"{self.folder / name} was written by {facts['ranks']} ranks and is sharded over them: use --nproc {facts['ranks']}, or delete it to begin again")
+        _, state = self.module.load_checkpoint(str(self.folder), tag=name)
+        return facts["step"], state["trainer"]
+
+    def _newest(self) -> tuple[str, dict] | None:
+        for folder in sorted(self.folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+            manifest = folder / "manifest.json"
+            if manifest.exists():
+                facts = files.read_json(manifest)
+                if all((folder / n).exists() and files.sha256(folder / n) == digest for n, digest in facts["files"].items()):
+                    return folder.name, facts
+        return None
+
+    def save(self, step: int, state: dict[str, Any], wait: bool) -> None:
+        """All ranks write, then rank 0 hashes every shard and puts the checkpoint in place. (DeepSpeed's writer does not work in the background.)"""
+        name, ranks = f"step-{step:012d}", self.ranks
+        scratch = self.folder / ".writing"
+        if ranks.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        ranks.barrier()
+        self.module.save_checkpoint(str(scratch), tag=name, client_state={"trainer": state}, save_latest=False)
+        ranks.barrier()
+        if ranks.first:
+            written = sorted(p for p in (scratch / name).rglob("*") if p.is_file())
+            for path in written:
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+            facts = {"owner": self.owner, "step": step, "ranks": ranks.world, "files": {str(p.relative_to(scratch / name)): files.sha256(p) for p in written}}
+            files.write_json(scratch / name / "manifest.json", facts)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            os.replace(scratch / name, self.folder / name)
+            files.sync_folder(self.folder)
+            scratch.rmdir()
+            for old in sorted(self.folder.glob("step-*"), reverse=True)[2:]:
+                shutil.rmtree(old)
+        ranks.barrier()
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        return self.ranks.first and time.monotonic() - self._last >= self.seconds
+
+    def finish(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor, last: bool):
+        return self.module(x)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        # DeepSpeed divides by the number of parts; ours are weighted by their share already.
+        self.module.backward(loss * self.parts)
+        if not last:
+            self.module.step()  # counts the part; the optimizer steps with the last
+
+    def step(self, lr: float) -> None:
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.step()
+
+
+def _import(ranks: Ranks):
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled: ZeRO's Python code is all that is used
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"train.engine=deepspeed, but DeepSpeed does not import ({error}): pip install deepspeed, or --set train.engine=ddp") from error
+    deepspeed.logger.setLevel("ERROR")
+    return deepspeed
+
+
+def make(training: nn.Module, settings: Expert, train: Train, ranks: Ranks, checkpoints: Checkpoints, unused: bool, parts: int) -> DDPEngine | DeepSpeedEngine:
+    if train.engine == "ddp":
+        return DDPEngine(training, settings, train, ranks, checkpoints, unused)
+    if not Path(train.deepspeed).exists():
+        raise UserError(f"train.deepspeed: no such file: {train.deepspeed}")
+    return DeepSpeedEngine(training, settings, train, ranks, checkpoints, parts)

@@ -1,0 +1,78 @@
+"""BatchNorm over the global batch, so that training does not depend on the number of ranks.
+
+torch's own SyncBatchNorm refuses CPU tensors and adds a module per device kind; this one is a few reductions and runs on both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Normalize(torch.autograd.Function):
+    """x [n, C, …] → (x − mean) / sqrt(var + eps) with the mean and biased variance over all ranks; also mean, var [C] and the global count."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+        local = torch.tensor([flat.shape[0] * flat.shape[2]], dtype=torch.float32, device=x.device)
+        mean = flat.float().mean(2).mean(0)
+        # Each rank's second moment is about its own mean: no large numbers cancel. The ranks' are joined in float64.
+        square = (torch.linalg.vector_norm((flat.float() - mean[:, None]), dim=2) ** 2).sum(0)
+        sums = torch.cat([local.double(), mean.double() * local, square.double() + mean.double() ** 2 * local])
+        dist.all_reduce(sums)
+        count, channels = sums[0], len(mean)
+        mean = sums[1 : 1 + channels] / count
+        var = (sums[1 + channels :] / count - mean**2).clamp(min=0)
+        mean, var = mean.float(), var.float()
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        xhat = (x.float() - mean.view(shape)) * scale.view(shape)
+        dims = [d for d in range(x.dim()) if d != 1]
+        grad = grad.float()
+        own = torch.cat([grad.sum(dims), (grad * xhat).sum(dims)])
+        both = own.double()
+        dist.all_reduce(both)
+        channels = len(mean)
+        mean_grad, mean_product = (both[:channels] / count).float(), (both[channels:] / count).float()
+        dx = (grad - mean_grad.view(shape) - xhat * mean_product.view(shape)) * (scale * weight).view(shape)
+        # The parameters' gradients are this rank's share: the engine averages over ranks as it does for every other parameter.
+        return dx.to(x.dtype), own[channels:].to(weight.dtype), own[:channels].to(weight.dtype), None
+
+
+class _Synced:
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)).float(), self.momentum)
+        return y
+
+
+class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
+    pass
+
+
+class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
+    pass
+
+
+def synchronize(model: nn.Module) -> nn.Module:
+    """Make every BatchNorm of `model` one over all ranks, in place; parameters, buffers and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm2d
+        elif type(module) is nn.BatchNorm1d:
+            module.__class__ = SyncedBatchNorm1d
+    return model

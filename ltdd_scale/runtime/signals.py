@@ -1,0 +1,49 @@
+"""SIGTERM and SIGUSR2: a request to save and make room.
+
+The handler sets a flag and says so, no more: repeated signals are harmless, and nothing happens in the middle of anything. Work looks at the flag where
+it can stop: training at every step, where all ranks agree on it, other work between two pieces. It then saves and leaves with `STOP_CODE`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+STOP_CODE = 75  # EX_TEMPFAIL, "try again later": launchers take it for "start me again, I go on from here"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+_requested: str | None = None
+
+
+class Preempted(BaseException):
+    """Work stopped on request with everything saved. Not an `Exception`: code that survives bad images must not survive this."""
+
+
+def _request(number: int, _: FrameType | None) -> None:
+    global _requested
+    if _requested is None and os.environ.get("RANK", "0") == "0":
+        os.write(2, f"  {signal.Signals(number).name}: saving, then making room\n".encode())  # print is not safe in a handler
+    _requested = signal.Signals(number).name
+
+
+def install() -> None:
+    for number in SIGNALS:
+        signal.signal(number, _request)
+
+
+def restore_defaults() -> None:
+    """In a helper process: its parent answers signals, and ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def requested() -> bool:
+    return _requested is not None
+
+
+def check() -> None:
+    """Raise `Preempted` where a signal has come: call it where nothing would be lost."""
+    if _requested is not None:
+        raise Preempted(_requested)
