@@ -124,7 +124,8 @@ class Recover:
     chunk_classes: int = option(0, "classes a chunk, taken at a stride so that head and tail meet; 0: as many as fit", low=0)
     lr: float = option(0.005, "Adam learning rate, in units of normalised pixels; cosine to 0", low=0)
     betas: list[float] = option([0.5, 0.9], "Adam betas")
-    ce: float = option(0.0, "weight of the cross-entropy term", low=0)
+    ce: float = option(0.0, "weight of the observer's cross-entropy", low=0)
+    teacher_ce: float = option(0.0, "weight of the teacher's cross-entropy: it keeps images what the teacher, who labels them, takes for their class", low=0)
     alignment: float = option(1.0, "r, weight of the alignment term", low=0)
     classwise: float = option(0.5, "share of the class-wise statistics in the alignment; the rest is global", low=0, high=1)
     first_layer: float = option(10.0, "weight of the first layer in the alignment", low=0)
@@ -287,10 +288,10 @@ def check(config: Config) -> list[str]:
             raise UserError(f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if config.evaluate.split == "val" and not (data.val_per_class or data.val_list or data.source == "shards"):
         raise UserError("evaluate.split=val needs data.val_per_class or data.val_list")
-    if config.recover.iterations and not (config.recover.ce or config.recover.alignment):
-        raise UserError("recover.ce, recover.alignment: both are 0, so recovery would do nothing; set recover.iterations=0 if that is meant")
-    if config.recover.ce == 0 and config.recover.alignment not in (0.0, 1.0):
-        warnings.append("recover.alignment scales the whole loss when recover.ce is 0: Adam does not see it")
+    if config.recover.iterations and not (config.recover.ce or config.recover.teacher_ce or config.recover.alignment):
+        raise UserError("recover.ce, recover.teacher_ce, recover.alignment: all are 0, so recovery would do nothing; set recover.iterations=0 if that is meant")
+    if config.recover.ce == config.recover.teacher_ce == 0 and config.recover.alignment not in (0.0, 1.0):
+        warnings.append("recover.alignment scales the whole loss when recover.ce and teacher_ce are 0: Adam does not see it")
     if config.train.engine == "deepspeed" and config.train.compile:
         raise UserError("train.compile works with train.engine=ddp only")
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train.deepspeed:

@@ -19,7 +19,7 @@ from ltdd_scale.config import Config, to_dict
 from ltdd_scale.runtime import files
 
 # Raised when a stage's results change for the same settings: what was made before is then stale.
-VERSIONS = {"shard": 1, "experts": 2, "calibrate": 1, "initialize": 1, "recover": 2, "relabel": 1, "student": 2, "evaluate": 1}
+VERSIONS = {"shard": 1, "experts": 2, "calibrate": 1, "initialize": 1, "recover": 3, "relabel": 1, "student": 2, "evaluate": 1}
 STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "evaluate")
 SETS = ("random", "initial", "distilled")
 LABELS = ("online", "stored", "single", "hard")
@@ -89,7 +89,7 @@ def graph(config: Config) -> dict[str, Node]:
     add("calibrate", "calibrate", None, {"on": config.strategies.calibrate, **c["calibrate"], **net}, ["shard", "observer"])
     reads = {"confident": config.strategies.confident_init, "ipc": config.ipc, **c["initialize"], **net}
     add("initialize", "initialize", None, reads, ["shard", "teacher"])
-    add("recover", "recover", None, {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net}, ["shard", "calibrate", "initialize"])
+    add("recover", "recover", None, {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net}, ["shard", "calibrate", "initialize", *(["teacher"] * (config.recover.teacher_ce > 0))])
     reads = {"relabel": c["relabel"], **net, "views": {**judged, "epochs": config.evaluate.epochs} if config.relabel.labels == "stored" else {}}
     add("relabel", "relabel", None, reads, ["shard", "teacher", "recover"])
     students = []

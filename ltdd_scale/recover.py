@@ -1,7 +1,8 @@
 """Stage "recover": images whose statistics under the observer match the fair ones (RLDD §Recovery).
 
-Loss = ce · CE(observer(aug(x)), y) + r · Σ_layers w_l (‖μ_batch − μ‖₂ + ‖σ²_batch − σ²‖₂), against a mix of the global statistics and
-those of the labels in the batch. Batch statistics are straight-through moving averages, new for every chunk.
+Loss = ce · CE(observer(aug(x)), y) + t · CE(teacher(aug(x)), y) + r · Σ_layers w_l (‖μ_batch − μ‖₂ + ‖σ²_batch − σ²‖₂), against a mix of the global
+statistics and those of the labels in the batch. Batch statistics are straight-through moving averages, new for every chunk. The teacher's term is
+not in the paper: aligned images drift from what the teacher, who labels them, takes for their class, and one fixed soft label an image then teaches less.
 
 The unit of work is a class chunk: classes at a stride, so that head and tail meet in a batch, and some images of each. What is in a chunk,
 and its random numbers, depend on the config alone: the same bytes on any number of ranks.
@@ -27,7 +28,7 @@ from ltdd_scale.models import registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
 from ltdd_scale.runtime import signals, tensors
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import rng
+from ltdd_scale.runtime.ranks import Ranks, rng
 
 
 def check_ranks(settings: Recover, num_classes: int, ipc: int, world: int) -> None:
@@ -150,12 +151,24 @@ def alignment_targets(statistics: dict, layers: list[str], labels: np.ndarray, c
 
 
 def recover_chunk(
-    images: Tensor, labels: Tensor, observer: nn.Module, alignment: Alignment, low: Tensor, high: Tensor, settings: Recover, views, size: int, ranks, tick=None, resume=None
+    images: Tensor,
+    labels: Tensor,
+    observer: nn.Module,
+    teacher: nn.Module | None,
+    alignment: Alignment,
+    low: Tensor,
+    high: Tensor,
+    settings: Recover,
+    views: tuple[Tensor, Tensor],
+    size: int,
+    ranks: Ranks,
+    tick=None,
+    resume=None,
 ) -> Tensor:
     """Recover one chunk: normalised images float32 [n, 3, R, R] → the same shape. No host synchronisation inside the loop.
 
     `views` holds the draws of all iterations on the device (windows [T, n, 4], mirrored [T, n]); `low` and `high` bound the pixels.
-    `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
+    `teacher` may be None where `settings.teacher_ce` is 0. `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
     """
     x = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=settings.lr, betas=tuple(settings.betas))
@@ -173,9 +186,12 @@ def recover_chunk(
             shown = shown.contiguous(memory_format=torch.channels_last)
         with ranks.autocast():
             logits = observer(shown)
+            judged = teacher(shown) if settings.teacher_ce else None
         loss = settings.alignment * alignment.loss()
         if settings.ce:
             loss = loss + settings.ce * F.cross_entropy(logits.float(), labels)
+        if judged is not None:
+            loss = loss + settings.teacher_ce * F.cross_entropy(judged.float(), labels)
         (x.grad,) = torch.autograd.grad(loss, x)
         optimizer.step()
         x.data.clamp_(low, high)
@@ -227,6 +243,10 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     statistics = tensors.load(context.input("calibrate") / "statistics.pt")
     saved = tensors.load(context.input("calibrate") / "observer.pt")
     observer = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
+    teacher = None
+    if settings.teacher_ce:
+        made = tensors.load(context.input("teacher") / "weights.pt")
+        teacher = ranks.to_device(registry.Network.build(made["recipe"], made["model"]))
     layers: dict[str, nn.Module] = dict(registry.norm_layers(observer))
     if config.calibrate.conv_inputs and statistics["fair"]:
         layers.update(registry.conv_layers(observer))
@@ -258,7 +278,7 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
 
             x = (torch.from_numpy(pixels).to(device).float() / 255 - mean) / std
             labels = torch.from_numpy(chunk.labels).to(device)
-            x = recover_chunk(x, labels, observer, alignment, low, high, settings, views, size, ranks, tick, resumed[1] if resumed else None)
+            x = recover_chunk(x, labels, observer, teacher, alignment, low, high, settings, views, size, ranks, tick, resumed[1] if resumed else None)
             alignment.close()
             pixels = arrays.to_uint8(x * std + mean)
             arrays.save(path, pixels)

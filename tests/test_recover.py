@@ -87,7 +87,7 @@ def test_first_layer_weight_and_terms():
     assert len(values[0]) == 3 and np.isclose(values[1][0], 10 * values[0][0]) and np.allclose(values[1][1:], values[0][1:])
 
 
-def chunk_result(images, settings, resume=None, saved=None):
+def chunk_result(images, settings, resume=None, saved=None, teacher=None):
     model = observer()
     alignment = aligned(model, settings)
     n, t = len(images), settings.iterations
@@ -106,7 +106,7 @@ def chunk_result(images, settings, resume=None, saved=None):
             saved.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state().items()})
             saved["optimizer"] = {"state": {0: {k: v.clone() for k, v in saved["optimizer"]["state"][0].items()}}, "param_groups": saved["optimizer"]["param_groups"]}
 
-    out = recover.recover_chunk(images, torch.zeros(n, dtype=torch.long), model, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), tick, resume)
+    out = recover.recover_chunk(images, torch.zeros(n, dtype=torch.long), model, teacher, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), tick, resume)
     alignment.close()
     return out, [float(v.detach()) for v in losses]
 
@@ -119,6 +119,16 @@ def test_recovery_lowers_the_loss_stays_in_range_and_resumes_to_the_bit():
     assert losses[-1] < 0.96 * losses[0] and float(whole.abs().max()) <= 1 and not torch.equal(whole, images)
     resumed, rest = chunk_result(images, settings, resume=saved)
     assert len(rest) == 13 and torch.equal(resumed, whole)
+
+
+def test_the_teachers_term_keeps_images_in_their_class():
+    """With it the teacher is surer of the class after recovery than before; alignment alone knows nothing of the teacher."""
+    teacher = registry.seeded(lambda: registry.TwoHeads(registry.backbone("convnet3", 8, "instance", 8), 3, 0), "teacher").eval().requires_grad_(False)
+    images = torch.randn(6, 3, 8, 8).clamp(-1, 1)
+    sure = lambda x: float(teacher(x).softmax(1)[:, 0].mean().detach())  # noqa: E731
+    guided, _ = chunk_result(images, Recover(iterations=40, lr=0.05, teacher_ce=1.0, alignment=0.0), teacher=teacher)
+    alone, _ = chunk_result(images, Recover(iterations=40, lr=0.05, alignment=0.01), teacher=teacher)
+    assert sure(guided) > sure(images) > sure(alone), (sure(guided), sure(images), sure(alone))
 
 
 def test_targets_read_only_the_chunks_classes():

@@ -73,7 +73,7 @@ def main() -> None:
 
         def ours():
             alignment = recover.Alignment(layers, targets, settings)  # noqa: B023
-            recover.recover_chunk(images, labels, model, alignment, low, high, settings, views, size, ranks)  # noqa: B023
+            recover.recover_chunk(images, labels, model, None, alignment, low, high, settings, views, size, ranks)  # noqa: B023
             alignment.close()
 
         times = in_turns(
