@@ -4,7 +4,7 @@ VENV ?= .venv
 # One environment per set of dependencies: a changed setup.py builds a new one beside the old mark.
 STAMP := $(VENV)/.ltdd-$(shell sha256sum setup.py | cut -c1-12)
 
-.PHONY: quickstart test test-quick lint setup
+.PHONY: quickstart test test-quick test-faults lint setup
 
 setup: $(STAMP)
 
@@ -12,7 +12,7 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -qq --upgrade pip setuptools wheel
 	@echo "installing torch and the rest (5 GB, some minutes) …"
-	$(VENV)/bin/python -m pip install -qq --editable '.[dev]'
+	$(VENV)/bin/python -m pip install -qq --editable '.[scale,dev]'
 	touch $@
 
 quickstart: setup
@@ -28,3 +28,9 @@ test-quick: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The whole fault-injection suite: some tens of minutes. CI runs a shorter one.
+test-faults: setup
+	LTDD_FAULTS=$(or $(FAULTS),200) LTDD_FAULTS_REPORT=$(CURDIR)/faults.tmp $(VENV)/bin/python -m pytest -s tests/faults
+	{ echo "# Fault injection"; echo; date -u "+\`make test-faults\`, %Y-%m-%d."; echo; cat faults.tmp; } > benchmarks/faults.md
+	rm faults.tmp

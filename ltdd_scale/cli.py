@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 def console() -> None:
     """The command's entry point: `main`'s code as the process's."""
     code = main()
+    signals.ignore()
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:

@@ -57,7 +57,7 @@ def test_own_state_after_a_change_of_world_size():
 
 def test_another_world_size_resumes_a_training(tmp_path, tiny):
     """Killed on two ranks, finished on one: the checkpoint of the one world serves the other."""
-    env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": "replace:20", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(tmp_path / "killed")}
+    env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": "replace::20:KILL:me", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(tmp_path / "killed")}
     command = ("train", "observer", tiny, "--out", tmp_path / "r")
     hurt = cli(*command, "--nproc", 2, "--max-restarts", 0, "--set", "runtime.checkpoint_seconds=0", "observer.epochs=12", env=env)
     assert (tmp_path / "killed").exists() and hurt.returncode == 137, hurt.stderr

@@ -107,7 +107,8 @@ def test_every_way_through_the_settings(finished, tmp_path, sets):
 
 
 def hurt(folder: Path, config: Path, fault: str, number: int, nproc: int = 1, rank: int | None = None) -> subprocess.CompletedProcess:
-    env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": fault, "LTDD_FAULT_MARK": str(folder / f"killed-{number}")}
+    event, number_of = fault.split(":")
+    env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": f"{event}::{number_of}:KILL:me", "LTDD_FAULT_MARK": str(folder / f"killed-{number}")}
     if rank is not None:
         env["LTDD_FAULT_RANK"] = str(rank)
     return cli("run", config, "--out", folder / "run", "--nproc", nproc, "--set", "runtime.checkpoint_seconds=0", env=env)
@@ -195,7 +196,7 @@ def test_three_ranks_resume_to_the_bit(tmp_path, tiny):
         folder.mkdir()
         env = {}
         if name == "hurt":
-            env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": "replace:21", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(folder / "killed")}
+            env = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "LTDD_FAULT": "replace::21:KILL:me", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(folder / "killed")}
         done = cli("train", "observer", tiny, "--out", folder / "r", "--nproc", 3, "--set", "runtime.checkpoint_seconds=0", "observer.epochs=10", env=env)
         assert done.returncode == 0, done.stderr
         assert name == "calm" or ((folder / "killed").exists() and "resumed at step" in done.stderr), done.stderr

@@ -132,7 +132,7 @@ class DeepSpeedEngine:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             os.replace(scratch / name, self.folder / name)
             files.sync_folder(self.folder)
-            scratch.rmdir()
+            shutil.rmtree(scratch)  # DeepSpeed leaves a script in it
             for old in sorted(self.folder.glob("step-*"), reverse=True)[2:]:
                 shutil.rmtree(old)
         ranks.barrier()

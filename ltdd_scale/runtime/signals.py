@@ -39,6 +39,12 @@ def restore_defaults() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def ignore() -> None:
+    """For a process that is about to end with its code known: Python's own end would set the default answer again, which is to die."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def requested() -> bool:
     return _requested is not None
 

@@ -1,28 +1,46 @@
-"""Loaded by every Python process of a fault test (by PYTHONPATH): kills the process with SIGKILL at a chosen moment, once.
+"""Loaded by every Python process of a fault test (by PYTHONPATH): sends itself, or its whole session, a signal at a chosen moment, once.
 
-LTDD_FAULT = "replace:7" (before the 7th rename: written, not yet in place) or "fsync:7" (before the 7th flush: the file is half there);
-LTDD_FAULT_RANK = the rank that dies (all processes without RANK where it is unset); LTDD_FAULT_MARK = file that records the kill.
+LTDD_FAULT = "EVENT:TEXT:N:SIGNAL:WHOM". EVENT: "replace" (before a rename: written, not yet in place), "fsync" (before a flush: the file is half there),
+"import" (as a module is imported). TEXT: part of the path or module, may be empty. N: the how-manieth time. SIGNAL: KILL, TERM, USR2, STOP. WHOM: "me" or "all".
+LTDD_FAULT_RANK = the rank that it happens to (processes without RANK where it is unset). LTDD_FAULT_MARK = file that records that it happened.
 """
 
 import os
 import signal
+import sys
 
 _FAULT, _MARK = os.environ.get("LTDD_FAULT"), os.environ.get("LTDD_FAULT_MARK", "")
 
 
 def _arm() -> None:
-    name, count = _FAULT.split(":")
-    real, calls = getattr(os, name), [0]
+    event, text, count, name, whom = _FAULT.split(":")
+    calls = [0]
 
-    def counted(*args, **kwargs):
+    def happens(what: str) -> None:
+        if text not in what:
+            return
         calls[0] += 1
         if calls[0] == int(count) and not os.path.exists(_MARK):
             with open(_MARK, "w") as mark:
-                mark.write(f"{_FAULT} {args}")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
+                mark.write(f"{os.getpid()} {_FAULT} {what}")
+            number = getattr(signal, f"SIG{name}")
+            os.killpg(0, number) if whom == "all" else os.kill(os.getpid(), number)
 
-    setattr(os, name, counted)
+    if event == "import":
+
+        class Watcher:
+            def find_spec(self, module, path=None, target=None):
+                happens(module)
+
+        sys.meta_path.insert(0, Watcher())
+        return
+    real = getattr(os, event)
+
+    def counted(first, *args, **kwargs):
+        happens(str(first) if event == "replace" else os.readlink(f"/proc/self/fd/{first}"))
+        return real(first, *args, **kwargs)
+
+    setattr(os, event, counted)
 
 
 if _FAULT and os.environ.get("RANK") == os.environ.get("LTDD_FAULT_RANK"):
