@@ -131,6 +131,8 @@ class Recover:
     first_layer: float = option(10.0, "weight of the first layer in the alignment", low=0)
     ema: float = option(0.8, "straight-through moving average of the batch statistics; 0: none", low=0, high=0.9999)
     crop_scale: list[float] = option([0.5, 1.0], "area range of the crop in each step")
+    resolutions: list[int] = option([], "FADRM: sides of the images in stages of equal length, such as [200, 224, 200, 224]; empty: one stage at data.resolution")
+    residual: float = option(0.0, "FADRM: share of the initial image that is mixed in between stages", low=0, high=1)
 
 
 @dataclass
@@ -283,6 +285,10 @@ def check(config: Config) -> list[str]:
         raise UserError("data.counts: needed with data.profile=counts")
     if len(config.recover.betas) != 2 or not all(0 <= b < 1 for b in config.recover.betas):
         raise UserError(f"recover.betas: expected two numbers in [0, 1), got {config.recover.betas!r}")
+    if config.recover.resolutions and (min(config.recover.resolutions) < 4 or len(config.recover.resolutions) > config.recover.iterations > 0):
+        raise UserError(f"recover.resolutions: expected at most as many sides as iterations, each at least 4, got {config.recover.resolutions!r}")
+    if config.recover.residual and len(config.recover.resolutions) < 2:
+        warnings.append("recover.residual has no effect without two or more recover.resolutions")
     for section in ("initialize", "recover", "evaluate"):
         if not getattr(config, section).crop_scale:
             raise UserError(f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")

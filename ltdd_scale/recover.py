@@ -162,26 +162,31 @@ def recover_chunk(
     views: tuple[Tensor, Tensor],
     size: int,
     ranks: Ranks,
+    any_size: bool = True,
     tick=None,
     resume=None,
 ) -> Tensor:
     """Recover one chunk: normalised images float32 [n, 3, R, R] → the same shape. No host synchronisation inside the loop.
 
+    With `settings.resolutions` the images go through stages of other sides; networks that take `any_size` see them at that side, others enlarged.
     `views` holds the draws of all iterations on the device (windows [T, n, 4], mirrored [T, n]); `low` and `high` bound the pixels.
     `teacher` may be None where `settings.teacher_ce` is 0. `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
     """
-    x = images.clone().requires_grad_()
+    sides = stages(settings, size)
+    x, begin = (resized(images, sides[0]), 0) if resume is None else (resume["images"].to(images.device), resume["iteration"])
+    x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=settings.lr, betas=tuple(settings.betas))
-    begin = 0
     if resume is not None:
-        begin = resume["iteration"]
-        x.data.copy_(resume["images"])
         optimizer.load_state_dict(resume["optimizer"])
         alignment.average = {k: tuple(t.to(x.device) for t in v) for k, v in resume["average"].items()}
     windows, mirrored = views
     for t in range(begin, settings.iterations):
+        if t and t in sides:  # FADRM: to the next stage's resolution, some of the initial image mixed in again
+            kept = (1 - settings.residual) * resized(x.detach(), sides[t]) + settings.residual * resized(images, sides[t])
+            x = kept.requires_grad_()
+            optimizer = torch.optim.Adam([x], lr=settings.lr, betas=tuple(settings.betas))
         optimizer.param_groups[0]["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * t / settings.iterations))
-        shown = augment.crop_resize(x, windows[t], mirrored[t], size)
+        shown = augment.crop_resize(x, windows[t], mirrored[t], x.shape[-1] if any_size else size)
         if x.device.type == "cuda":
             shown = shown.contiguous(memory_format=torch.channels_last)
         with ranks.autocast():
@@ -200,7 +205,21 @@ def recover_chunk(
                 t + 1,
                 lambda t=t: {"iteration": t + 1, "images": x.detach(), "optimizer": optimizer.state_dict(), "average": dict(alignment.average)},
             )
-    return x.detach()
+    return resized(x.detach(), size)
+
+
+def stages(settings: Recover, size: int) -> dict[int, int]:
+    """First iteration of each stage → side of the images in it; stages are equally long."""
+    sides = settings.resolutions or [size]
+    return {settings.iterations * k // len(sides): side for k, side in enumerate(sides)}
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-1] == side:
+        return images
+    n, device = len(images), images.device
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(n, -1)
+    return augment.crop_resize(images, whole, torch.zeros(n, dtype=torch.bool, device=device), side)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -247,6 +266,7 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     if settings.teacher_ce:
         made = tensors.load(context.input("teacher") / "weights.pt")
         teacher = ranks.to_device(registry.Network.build(made["recipe"], made["model"]))
+    any_size = not any(role.net in registry.CONVNETS for role in (config.observer, *([config.teacher] if teacher else [])))
     layers: dict[str, nn.Module] = dict(registry.norm_layers(observer))
     if config.calibrate.conv_inputs and statistics["fair"]:
         layers.update(registry.conv_layers(observer))
@@ -278,7 +298,7 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
 
             x = (torch.from_numpy(pixels).to(device).float() / 255 - mean) / std
             labels = torch.from_numpy(chunk.labels).to(device)
-            x = recover_chunk(x, labels, observer, teacher, alignment, low, high, settings, views, size, ranks, tick, resumed[1] if resumed else None)
+            x = recover_chunk(x, labels, observer, teacher, alignment, low, high, settings, views, size, ranks, any_size, tick, resumed[1] if resumed else None)
             alignment.close()
             pixels = arrays.to_uint8(x * std + mean)
             arrays.save(path, pixels)

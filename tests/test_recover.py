@@ -106,7 +106,7 @@ def chunk_result(images, settings, resume=None, saved=None, teacher=None):
             saved.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state().items()})
             saved["optimizer"] = {"state": {0: {k: v.clone() for k, v in saved["optimizer"]["state"][0].items()}}, "param_groups": saved["optimizer"]["param_groups"]}
 
-    out = recover.recover_chunk(images, torch.zeros(n, dtype=torch.long), model, teacher, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), tick, resume)
+    out = recover.recover_chunk(images, torch.zeros(n, dtype=torch.long), model, teacher, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), False, tick, resume)
     alignment.close()
     return out, [float(v.detach()) for v in losses]
 
@@ -119,6 +119,21 @@ def test_recovery_lowers_the_loss_stays_in_range_and_resumes_to_the_bit():
     assert losses[-1] < 0.96 * losses[0] and float(whole.abs().max()) <= 1 and not torch.equal(whole, images)
     resumed, rest = chunk_result(images, settings, resume=saved)
     assert len(rest) == 13 and torch.equal(resumed, whole)
+
+
+def test_stages_of_other_resolutions_and_what_is_mixed_in_again():
+    """Three stages; a state from the middle of the second resumes to the bit; a residual of 1 forgets all but the last stage."""
+    images = torch.randn(6, 3, 8, 8).clamp(-1, 1)
+    settings = Recover(iterations=18, lr=0.05, resolutions=[6, 8, 10], residual=0.5)
+    assert recover.stages(settings, 8) == {0: 6, 6: 8, 12: 10}
+    saved: dict = {}
+    whole, _ = chunk_result(images, settings, saved=saved)
+    assert whole.shape == images.shape and saved["images"].shape == (6, 3, 8, 8)
+    resumed, rest = chunk_result(images, settings, resume=saved)
+    assert len(rest) == 11 and torch.equal(resumed, whole)
+    near, _ = chunk_result(images, Recover(iterations=18, lr=0.05, resolutions=[8, 8, 8], residual=1.0))
+    far, _ = chunk_result(images, Recover(iterations=18, lr=0.05))
+    assert float((near - images).abs().mean()) < float((far - images).abs().mean())
 
 
 def test_the_teachers_term_keeps_images_in_their_class():
