@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -76,7 +77,7 @@ def decoded(split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bo
     loader = DataLoader(
         _Decoding(split, plans, resolution, whole),
         batch_size=None,
-        num_workers=max(0, min(workers, len(plans) - 1)),  # one batch is not worth a process
+        num_workers=max(0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)),  # one batch is not worth a process
         worker_init_fn=_quiet_worker,
         pin_memory=pin,
         generator=torch.Generator(),  # its own: the loader must not draw from the global one
