@@ -89,7 +89,13 @@ def graph(config: Config) -> dict[str, Node]:
     add("calibrate", "calibrate", None, {"on": config.strategies.calibrate, **c["calibrate"], **net}, ["shard", "observer"])
     reads = {"confident": config.strategies.confident_init, "ipc": config.ipc, **c["initialize"], **net}
     add("initialize", "initialize", None, reads, ["shard", "teacher"])
-    add("recover", "recover", None, {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net}, ["shard", "calibrate", "initialize", *(["teacher"] * (config.recover.teacher_ce > 0))])
+    add(
+        "recover",
+        "recover",
+        None,
+        {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net},
+        ["shard", "calibrate", "initialize", *(["teacher"] * (config.recover.teacher_ce > 0))],
+    )
     reads = {"relabel": c["relabel"], **net, "views": {**judged, "epochs": config.evaluate.epochs} if config.relabel.labels == "stored" else {}}
     add("relabel", "relabel", None, reads, ["shard", "teacher", "recover"])
     students = []

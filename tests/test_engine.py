@@ -98,7 +98,9 @@ def test_deepspeed_resumes_to_the_bit_and_refuses_another_world(config, tmp_path
 
 def test_buffers_are_the_same_on_every_rank_and_in_the_checkpoint(config, tmp_path):
     """Ranks see different images; with statistics over all of them each rank holds the same, and so does the file."""
-    done = cli("train", "observer", config, "--out", tmp_path / "run", "--nproc", 2, "--max-restarts", 0, "--set", "runtime.checkpoint_seconds=0", env=fault(tmp_path, "replace:step-:12"))
+    done = cli(
+        "train", "observer", config, "--out", tmp_path / "run", "--nproc", 2, "--max-restarts", 0, "--set", "runtime.checkpoint_seconds=0", env=fault(tmp_path, "replace:step-:12")
+    )
     assert done.returncode == 137
     newest = max((tmp_path / "store").glob("experts/*/checkpoints/step-*.pt"))
     state = load(newest)["state"]

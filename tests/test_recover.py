@@ -106,7 +106,9 @@ def chunk_result(images, settings, resume=None, saved=None, teacher=None):
             saved.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state().items()})
             saved["optimizer"] = {"state": {0: {k: v.clone() for k, v in saved["optimizer"]["state"][0].items()}}, "param_groups": saved["optimizer"]["param_groups"]}
 
-    out = recover.recover_chunk(images, torch.zeros(n, dtype=torch.long), model, teacher, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), False, tick, resume)
+    out = recover.recover_chunk(
+        images, torch.zeros(n, dtype=torch.long), model, teacher, alignment, low, high, settings, views, 8, Ranks(0, 1, torch.device("cpu"), None), False, tick, resume
+    )
     alignment.close()
     return out, [float(v.detach()) for v in losses]
 

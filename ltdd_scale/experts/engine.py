@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ltdd_scale.config import Expert, Train
@@ -89,7 +90,13 @@ class DeepSpeedEngine:
             "gradient_clipping": train.clip,
             "torch_autocast": {"enabled": ranks.autocast_dtype is not None, "dtype": "bfloat16"},
         }
-        self.module, self.optimizer, _, _ = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=ranks.world == 1)
+        alone = not dist.is_initialized()
+        if alone:  # DeepSpeed wants a process group and a launcher's variable all the same
+            os.environ["LOCAL_RANK"] = "0"
+            dist.init_process_group("gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        self.module, self.optimizer, _, _ = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=False)
+        if alone:
+            del os.environ["LOCAL_RANK"]
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
         found = self.ranks.share(self._newest() if self.ranks.first else None)
