@@ -203,7 +203,7 @@ def recover_chunk(
         if tick is not None:
             tick(
                 t + 1,
-                lambda t=t: {"iteration": t + 1, "images": x.detach(), "optimizer": optimizer.state_dict(), "average": dict(alignment.average)},
+                lambda t=t, x=x, optimizer=optimizer: {"iteration": t + 1, "images": x.detach(), "optimizer": optimizer.state_dict(), "average": dict(alignment.average)},
             )
     return resized(x.detach(), size)
 
