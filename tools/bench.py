@@ -34,6 +34,18 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return times
 
 
+def peak_mb(work: Callable[[], object]) -> float:
+    """Largest memory while `work` runs, in MB: of the GPU's allocator, or of this process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own mark of the peak starts again
+    work()
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1e3
+
+
 def begin(doc: str) -> tuple[int, Ranks]:
     """Read --rounds and --threads, print the circumstances; return the rounds and this process, in float32 on the GPU where there is one."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import begin, in_turns, table
+from bench import begin, in_turns, peak_mb, table
 from torchvision.transforms import v2
 
 from ltdd_scale import recover
@@ -76,11 +76,10 @@ def main() -> None:
             recover.recover_chunk(images, labels, model, None, alignment, low, high, settings, views, size, ranks)  # noqa: B023
             alignment.close()
 
-        times = in_turns(
-            {"forward + input gradient": bare, "recovery": ours, "published formulation": lambda: published(images, labels, model, layers, targets, steps, size)},  # noqa: B023
-            rounds,
-        )
+        candidates = {"forward + input gradient": bare, "recovery": ours, "published formulation": lambda: published(images, labels, model, layers, targets, steps, size)}  # noqa: B023
+        times = in_turns(candidates, rounds)
         print(table(f"{net} at {size} px, batch {n}, {steps} steps, float32", times, "forward + input gradient", n * steps, "image-iterations"), flush=True)
+        print("Peak memory: " + ", ".join(f"{name} {peak_mb(work):,.0f} MB" for name, work in candidates.items()) + "\n", flush=True)
 
 
 if __name__ == "__main__":

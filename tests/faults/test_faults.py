@@ -241,3 +241,13 @@ def test_the_undisturbed_run_is_what_one_rank_gives_after_training(calm, tmp_pat
     command = [sys.executable, "-m", "ltdd_scale", "run", str(config), "--out", str(tmp_path / "run"), "--nproc", "1"]
     assert subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, timeout=300).returncode == 0
     assert digests(tmp_path / "store") == digests(folder / "store")
+
+
+def test_torchrun_brings_a_killed_worker_back(calm, tmp_path):
+    config, folder = calm
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "ltdd_scale"]
+    fault = {"LTDD_FAULT": "replace:chunk-:1:KILL:me", "LTDD_FAULT_RANK": "1", "LTDD_FAULT_MARK": str(tmp_path / "hurt")}
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **fault}
+    done = subprocess.run([*command, "run", str(config), "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "hurt").exists(), done.stderr[-3000:]
+    assert digests(tmp_path / "store") == digests(folder / "store")
