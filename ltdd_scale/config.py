@@ -125,7 +125,7 @@ class Recover:
     lr: float = option(0.005, "Adam learning rate, in units of normalised pixels; cosine to 0", low=0)
     betas: list[float] = option([0.5, 0.9], "Adam betas")
     ce: float = option(0.0, "weight of the observer's cross-entropy", low=0)
-    teacher_ce: float = option(0.0, "weight of the teacher's cross-entropy: it keeps images what the teacher, who labels them, takes for their class", low=0)
+    teacher_ce: float = option(1.0, "weight of the teacher's cross-entropy: it keeps images what the teacher, who labels them, takes for their class", low=0)
     alignment: float = option(1.0, "r, weight of the alignment term", low=0)
     classwise: float = option(0.5, "share of the class-wise statistics in the alignment; the rest is global", low=0, high=1)
     first_layer: float = option(10.0, "weight of the first layer in the alignment", low=0)

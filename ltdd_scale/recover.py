@@ -170,7 +170,7 @@ def recover_chunk(
 
     With `settings.resolutions` the images go through stages of other sides; networks that take `any_size` see them at that side, others enlarged.
     `views` holds the draws of all iterations on the device (windows [T, n, 4], mirrored [T, n]); `low` and `high` bound the pixels.
-    `teacher` may be None where `settings.teacher_ce` is 0. `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
+    Without a `teacher` its term is left out. `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
     """
     sides = stages(settings, size)
     x, begin = (resized(images, sides[0]), 0) if resume is None else (resume["images"].to(images.device), resume["iteration"])
@@ -191,7 +191,7 @@ def recover_chunk(
             shown = shown.contiguous(memory_format=torch.channels_last)
         with ranks.autocast():
             logits = observer(shown)
-            judged = teacher(shown) if settings.teacher_ce else None
+            judged = None if teacher is None else teacher(shown)
         loss = settings.alignment * alignment.loss()
         if settings.ce:
             loss = loss + settings.ce * F.cross_entropy(logits.float(), labels)

@@ -59,7 +59,7 @@ def main() -> None:
         targets = {k: [(w, torch.zeros(m.num_features, device=device), torch.ones(m.num_features, device=device)) for w in (0.5, 0.5)] for k, m in layers.items()}
         torch.manual_seed(0)
         images, labels = torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device) % 10
-        settings = Recover(iterations=steps, ce=0.1)
+        settings = Recover(iterations=steps, ce=0.1, teacher_ce=0)
         spec, sizes = ViewSpec(size, (0.5, 1.0)), np.full((n, 2), size)
         drawn = [spec.draw(rng("bench", t), sizes) for t in range(steps)]
         views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
