@@ -76,6 +76,8 @@ def _work(args: argparse.Namespace, arguments: list[str]) -> int:
     store = args.store or out.parent / "store"
     targets = {"run": list(graph.STAGES), "report": [], "train": [getattr(args, "role", "")]}.get(args.command, [args.command])
     job = session.Session(config, out.absolute(), store.absolute(), targets, args.quiet)
+    if args.command == "ablation" and launched:
+        raise UserError("ablation starts its own ranks: run it without torchrun, with --nproc where you want another number")
     if args.command == "ablation":
         return session.ablation(args, config, main)
     # Ranks that `--nproc` started leave the run folder to who started them; under torchrun rank 0 sees to it.

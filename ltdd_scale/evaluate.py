@@ -70,7 +70,7 @@ def train_student(
     average = copy.deepcopy(student).requires_grad_(False)
     history: list[float] = []
     checkpoints = context.checkpoints(title.replace(" ", "-"))
-    saved = checkpoints.load(ranks.device)
+    saved = checkpoints.load()
     if saved:
         state = saved[1]
         student.load_state_dict(state["student"])

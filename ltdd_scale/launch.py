@@ -20,7 +20,7 @@ MAX_CPU_RANKS = 8  # more gain little on small global batches
 
 def default_ranks(device: str) -> int:
     """One rank a GPU; without GPUs one a core, up to 8."""
-    if device != "cpu" and Path("/dev/nvidia0").exists():
+    if device != "cpu" and (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
         import torch
 
         if torch.cuda.is_available():

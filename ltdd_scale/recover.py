@@ -288,7 +288,7 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
             drawn = [spec.draw(rng(config.seed, "recover", chunk.number, t), sizes) for t in range(settings.iterations)]
             views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
             checkpoints = context.checkpoints(f"chunk-{chunk.number:05d}")
-            resumed = checkpoints.load(device)
+            resumed = checkpoints.load()
 
             def tick(t: int, state, position=position, checkpoints=checkpoints) -> None:
                 progress.update(position * settings.iterations + t)

@@ -66,16 +66,16 @@ class Session:
         try:
             pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks)
             peers.barrier()
+            ranks.leave()  # only here: after an error peers may be missing, and leaving would wait for them
         except RuntimeError as error:
-            if peers.first or ("peer" not in str(error) and "onnection" not in str(error)):
+            signals.check()  # asked to stop, as our peers and helpers were, who have gone before us: what was saved last counts
+            if "peer" not in str(error) and "onnection" not in str(error):
                 raise
             # A peer is gone and has said why, or was killed: the launcher ends this rank too, and knows which it was.
             for _ in range(300):
                 signals.check()
                 time.sleep(0.1)
             raise UserError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
-        finally:
-            ranks.leave()
 
     def finish(self, reporting: bool) -> int:
         """Note what is done; write the report; say where things are."""

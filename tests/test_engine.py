@@ -66,7 +66,15 @@ def test_a_batch_in_parts_is_the_batch(config):
     sets = ["teacher.contrast=0", "teacher.warmup_epochs=1"]
     whole = trained(config, "whole", 1, *sets, command=train)
     close(trained(config, "parts", 2, *sets, "train.micro_batch=3", command=train), whole, 1e-3)
+    odd = trained(config, "odd", 2, *sets, "train.micro_batch=1", "teacher.batch_size=7", command=train)  # slices of 3 and 4
+    assert np.isfinite(odd[0]).all()
     close(trained(config, "zero-parts", 2, *sets, "train.micro_batch=3", "train.engine=deepspeed", command=train), whole, 1e-3)
+
+
+def test_both_experts_by_deepspeed_in_one_process(config, tmp_path):
+    pytest.importorskip("deepspeed")
+    done = cli("recover", config, "--out", tmp_path / "run", "--nproc", 1, "--set", "train.engine=deepspeed")
+    assert done.returncode == 0, done.stderr
 
 
 def test_pieces_share_out_all_views():

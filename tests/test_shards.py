@@ -190,3 +190,19 @@ def test_a_set_that_lies_elsewhere_is_taken_as_it_is(tmp_path, source):
         shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True)
     with pytest.raises(UserError, match="no shard set in"):
         shards.adopt(tmp_path, tmp_path / "taken", quiet=True)
+
+
+def test_parts_of_other_settings_are_not_taken_over(tmp_path, source, monkeypatch):
+    """A tool's folder, interrupted after a shard and written again with other sizes."""
+    folder, real = tmp_path / "s", shards._write_shard
+    monkeypatch.setattr(shards, "_write_shard", lambda path, first, *args: (_ for _ in ()).throw(KeyboardInterrupt) if first else real(path, first, *args))
+    with pytest.raises(KeyboardInterrupt):
+        written(folder, source(), shard_images=5)
+    monkeypatch.setattr(shards, "_write_shard", real)
+    manifest = shards.write(folder, "set", source(), 4, 0, 1, quiet=True)
+    assert manifest["splits"]["train"]["num_images"] == 16 and contents(folder)["manifest.json"] == contents_of_new(tmp_path, source)["manifest.json"]
+
+
+def contents_of_new(tmp_path, source):
+    written(tmp_path / "new", source(), shard_images=4)
+    return contents(tmp_path / "new")

@@ -7,12 +7,10 @@ image came from), ``manifest.json`` and ``quarantine.json``. Every image is deco
 
 from __future__ import annotations
 
-import ctypes
 import io
 import mmap
 import os
 import shutil
-import signal
 import tarfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -94,7 +92,16 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
     content = buffer.getvalue()
     files.write_bytes(Path(path).with_suffix(".idx"), _index(content))
     files.write_bytes(path, content)
-    part = {"rows": rows, "bad": bad, "sums": sums.tolist(), "squares": squares.tolist(), "pixels": pixels, "sha256": files.sha256(path), "bytes": len(content)}
+    part = {
+        "made": [first, last, store_resolution, quality],
+        "rows": rows,
+        "bad": bad,
+        "sums": sums.tolist(),
+        "squares": squares.tolist(),
+        "pixels": pixels,
+        "sha256": files.sha256(path),
+        "bytes": len(content),
+    }
     files.write_json(f"{path}.part.json", part)
     return part
 
@@ -109,19 +116,13 @@ def _index(content: bytes) -> bytes:
     return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values()), ""]).encode()
 
 
-def _reuse(path: Path) -> dict[str, Any] | None:
-    """What an interrupted run left finished."""
+def _reuse(path: Path, made: list[int]) -> dict[str, Any] | None:
+    """What an interrupted run of the same settings left finished."""
     part = Path(f"{path}.part.json")
     if not (part.exists() and path.exists() and path.with_suffix(".idx").exists()):
         return None
     saved = files.read_json(part)
-    return saved if files.sha256(path) == saved["sha256"] else None
-
-
-def _end_with_parent() -> None:
-    """In a pool's worker: a killed parent must not leave it behind, holding the lock of the stage's folder."""
-    signals.restore_defaults()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    return saved if saved["made"] == made and files.sha256(path) == saved["sha256"] else None
 
 
 def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, quality: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
@@ -133,18 +134,23 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     progress = Progress(f"shard {name}", len(split.names), "images", quiet, pause=signals.check)
     todo = []
     for k, first in enumerate(starts):
-        found = _reuse(paths[k])
+        last = min(first + shard_images, len(split.names))
+        found = _reuse(paths[k], [first, last, store_resolution, quality])
         if found:
             parts[k] = found
         else:
-            todo.append((k, first, min(first + shard_images, len(split.names))))
+            todo.append((k, first, last))
     done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
     if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork"), initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork"), initializer=signals.helper) as pool:
             jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution, quality)) for k, first, last in todo]
-            for k, n, job in jobs:
-                parts[k] = job.result()
-                progress.update(done := done + n)
+            try:
+                for k, n, job in jobs:
+                    parts[k] = job.result()
+                    progress.update(done := done + n)
+            except BaseException:  # asked to stop, or a full disk: the shards under way are ended, no others begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     else:
         for k, first, last in todo:
             parts[k] = _write_shard(str(paths[k]), first, last, store_resolution, quality)

@@ -61,7 +61,7 @@ def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signals.restore_defaults()
+    signals.helper()
 
 
 def _said_plainly(loader: DataLoader) -> Iterator[tuple[torch.Tensor, Views | None]]:

@@ -37,7 +37,7 @@ class DDPEngine:
         self.module = ranks.parallel(module, find_unused_parameters=unused) if ranks.world > 1 else module
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        saved = self.checkpoints.load(self.ranks.device)
+        saved = self.checkpoints.load()  # on the CPU: what is loaded from it moves to where it belongs, the rest is let go
         if saved:
             self.inner.load_state_dict(saved[1]["model"])
             self.optimizer.load_state_dict(saved[1]["optimizer"])
@@ -90,9 +90,10 @@ class DeepSpeedEngine:
             "gradient_clipping": train.clip,
             "torch_autocast": {"enabled": ranks.autocast_dtype is not None, "dtype": "bfloat16"},
         }
-        alone = not dist.is_initialized()
-        if alone:  # DeepSpeed wants a process group and a launcher's variable all the same
+        alone = "LOCAL_RANK" not in os.environ
+        if alone:  # DeepSpeed wants a launcher's variable and a process group all the same
             os.environ["LOCAL_RANK"] = "0"
+        if not dist.is_initialized():
             dist.init_process_group("gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         self.module, self.optimizer, _, _ = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=False)
         if alone:
@@ -169,12 +170,13 @@ class DeepSpeedEngine:
 def _import(ranks: Ranks):
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled: ZeRO's Python code is all that is used
     try:
         import deepspeed
     except ImportError as error:
         raise UserError(f"train.engine=deepspeed, but DeepSpeed does not import ({error}): pip install deepspeed, or --set train.engine=ddp") from error
     deepspeed.logger.setLevel("ERROR")
+    if ranks.device.type == "cpu":  # else it compiles a collective of its own at first use, for minutes; gloo serves
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -115,7 +115,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     # order of additions depends on the layout, and a resumed run would start with the first layout again.
     unused = not debiased or settings.debias == 0 or ranks.world > 2
     largest = -(-settings.batch_size // ranks.world)  # parts must be as many on every rank
-    parts = -(-largest // config.train.micro_batch) if config.train.micro_batch else 1
+    parts = min(-(-largest // config.train.micro_batch), settings.batch_size // ranks.world) if config.train.micro_batch else 1
     trainer = engine.make(_Training(model), settings, config.train, ranks, context.checkpoints(), unused, parts)
     views, steps = 2 if debiased else 1, len(split) // settings.batch_size
     begin, history, running = 0, [], torch.zeros(3, device=ranks.device)  # this rank's share of the epoch's losses
@@ -141,6 +141,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
             x, y = batches.mix(pictures, labels, rng(seed, "mix", epoch, k)) if debiased else (pictures[0], labels[0])
             if ranks.device.type == "cuda":
                 x = x.contiguous(memory_format=torch.channels_last)
+            _check_finite(role, watched, split, trainer.folder)
             found = torch.zeros(3, device=ranks.device)
             cut = batches.pieces(x, y, views, parts)
             for number, (xs, ys, part) in enumerate(cut):
@@ -148,7 +149,6 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
                 values = _loss(trainer.forward(xs, last), ys, settings, debiased, weights, (epoch + 1) / settings.epochs)
                 trainer.backward(values[0] * (share * part), last)
                 found += values.detach() * part
-            _check_finite(role, watched, split, trainer.folder)
             watched = (step, found, np.concatenate(chosen))
             trainer.step(learning_rate(settings, step / steps))
             running += found * (share / ranks.world / steps)

@@ -101,25 +101,25 @@ def join(device: str, precision: str, threads: int) -> Ranks:
         if local >= torch.cuda.device_count():
             raise UserError(f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc")
         torch.cuda.set_device(local)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
+        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.matmul.allow_tf32 = False  # crops are matrix products, and their pixels want float32
         torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.set_num_threads(threads)
     if world > 1 and not dist.is_initialized():
         # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
-        dist.init_process_group(
-            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
-            init_method=os.environ.get("LTDD_RENDEZVOUS", "env://"),
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(days=2),
-        )
+        timeout = datetime.timedelta(days=2)
+        store, _, _ = next(dist.rendezvous(os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout))
+        # torchrun keeps its store when it restarts workers; without a prefix they would look for their dead predecessors' addresses, and wait.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, timeout=timeout)
     wants = "bfloat16" if precision == "auto" and kind == "cuda" else "float32" if precision == "auto" else precision
     return Ranks(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), torch.bfloat16 if wants == "bfloat16" else None)
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
 
 

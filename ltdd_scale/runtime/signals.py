@@ -6,6 +6,7 @@ it can stop: training at every step, where all ranks agree on it, other work bet
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from types import FrameType
@@ -32,9 +33,11 @@ def install() -> None:
         signal.signal(number, _request)
 
 
-def restore_defaults() -> None:
-    """In a helper process: its parent answers signals, and ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def helper() -> None:
+    """In a helper process: its parent answers signals, and ends it; it does not outlive its parent. Signals to the parent's group do not reach it."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is how its parent ends it
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -29,10 +29,10 @@ def digests(store: Path) -> dict[str, dict]:
     return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
 
 
-def start(config: Path, folder: Path, env: dict | None = None, seconds: float = 0) -> subprocess.Popen:
+def start(config: Path, folder: Path, env: dict | None = None, seconds: float = 0, sets: tuple[str, ...] = ()) -> subprocess.Popen:
     """`ltdd-scale run` on two ranks, in a session of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_"))}
-    command = [sys.executable, "-m", "ltdd_scale", "run", str(config), "--out", str(folder / "run"), "--nproc", "2", "--set", f"runtime.checkpoint_seconds={seconds}"]
+    command = [sys.executable, "-m", "ltdd_scale", "run", str(config), "--out", str(folder / "run"), "--nproc", "2", "--set", f"runtime.checkpoint_seconds={seconds}", *sets]
     log = open(folder / "log.txt", "a")  # noqa: SIM115 (closed when the process is)
     with log:
         return subprocess.Popen(command, cwd=ROOT, env={**clean, **(env or {})}, stdout=log, stderr=log, start_new_session=True)
@@ -241,6 +241,19 @@ def test_the_undisturbed_run_is_what_one_rank_gives_after_training(calm, tmp_pat
     command = [sys.executable, "-m", "ltdd_scale", "run", str(config), "--out", str(tmp_path / "run"), "--nproc", "1"]
     assert subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, timeout=300).returncode == 0
     assert digests(tmp_path / "store") == digests(folder / "store")
+
+
+def test_a_signal_to_all_processes_spares_the_decoding_ones(calm, tmp_path):
+    """As a terminal or a service manager sends it. A decoding process that died of it would take the step, and so the save, with it."""
+    sets = ("data.memory_gb=0", "data.loader=torch", "runtime.workers=1")
+    process = start(calm[0], tmp_path, sets=sets)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "store" / "experts").glob("*/checkpoints/step-*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=100) == STOP_CODE and "Traceback" not in log_of(tmp_path), log_of(tmp_path)
+    assert start(calm[0], tmp_path, sets=sets).wait(timeout=400) == 0 and "resumed at step" in log_of(tmp_path), log_of(tmp_path)
 
 
 def test_torchrun_brings_a_killed_worker_back(calm, tmp_path):
