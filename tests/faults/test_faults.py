@@ -84,7 +84,7 @@ CHOSEN = [
     ("fsync:calibrate:1:TERM:me", 0),
     ("replace:initialize:3:KILL:me", 1),
     ("replace:chunk-:1:KILL:me", 1),  # between chunks, one rank only
-    ("replace:chunk-:2:TERM:me", 0),
+    ("replace:recover:1:TERM:me", 0),  # whatever of it is left to do
     ("replace:relabel:1:KILL:me", 1),
     ("fsync:student:1:KILL:all", 0),
     ("replace:stage.json:1:KILL:me", 0),  # done but for the last rename
