@@ -56,6 +56,7 @@ def test_a_class_too_small_draws_further_crops_and_says_so(finished, tmp_path):
 def test_provenance_makes_the_image_again(finished):
     import torch
 
+    from ltdd_scale.config import Config, Data
     from ltdd_scale.data import arrays
     from ltdd_scale.data.augment import Views, ViewSpec
     from ltdd_scale.data.loader import open_images
@@ -65,7 +66,7 @@ def test_provenance_makes_the_image_again(finished):
     stages = json.loads((run / "run.json").read_text())["stages"]
     store = run.parent / "store"
     split = ShardSplit(store / stages["shard"], "train")
-    images, folder = open_images(split, 8, torch.device("cpu"), 1, 0), store / stages["initialize"]
+    images, folder = open_images(split, Config(data=Data(resolution=8)), torch.device("cpu")), store / stages["initialize"]
     for c in (0, 5, 9):
         pixels, rows = arrays.load(arrays.class_file(folder, c)), json.loads((folder / f"{c:05d}.json").read_text())
         for image, row in zip(pixels, rows, strict=True):

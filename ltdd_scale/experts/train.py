@@ -141,7 +141,7 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
             x, y = batches.mix(pictures, labels, rng(seed, "mix", epoch, k)) if debiased else (pictures[0], labels[0])
             if ranks.device.type == "cuda":
                 x = x.contiguous(memory_format=torch.channels_last)
-            _check_finite(role, watched, split, trainer.folder)
+            _check_finite(role, watched, split, trainer)
             found = torch.zeros(3, device=ranks.device)
             cut = batches.pieces(x, y, views, parts)
             for number, (xs, ys, part) in enumerate(cut):
@@ -160,11 +160,11 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
             progress.update(step, f"loss {history[-1]['loss']:.3f}" if history else "")
             stop, due = ranks.agree(signals.requested(), trainer.due())
             if (stop or due) and step < total:
-                _check_finite(role, watched, split, trainer.folder)
+                _check_finite(role, watched, split, trainer)
                 trainer.save(step, {"history": history, "own": ranks.gather(_own(model, running))}, wait=stop)
                 if stop:
                     raise signals.Preempted(f"request at step {step} of {role}")
-    _check_finite(role, watched, split, trainer.folder)
+    _check_finite(role, watched, split, trainer)
     trainer.finish()
     if not synced:
         average_buffers(model, ranks)
@@ -179,13 +179,14 @@ def run(role: str, config: Config, context: Context) -> dict[str, Any]:
     return facts
 
 
-def _check_finite(role: str, watched: tuple[int, torch.Tensor, np.ndarray] | None, split: ShardSplit, checkpoints) -> None:
+def _check_finite(role: str, watched: tuple[int, torch.Tensor, np.ndarray] | None, split: ShardSplit, trainer) -> None:
     """Raise `UserError` where the loss of a step is not finite. Asked a step late, when a GPU has long known it."""
     if watched is None or math.isfinite(float(watched[1][0])):
         return
     step, found, chosen = watched
     names = split.names
-    last = max((int(p.name.split("-")[1].split(".")[0]) for p in checkpoints.glob("step-*")), default=None)
+    trainer.finish()  # the last save may be on its way
+    last = max((int(p.name.split("-")[1].split(".")[0]) for p in trainer.folder.glob("step-*")), default=None)
     kept = f"the last good checkpoint is of step {last}" if last is not None else "there is no checkpoint yet"
     raise UserError(
         f"{role}: the loss is {float(found[0])} at step {step}, on {', '.join(names[i] for i in chosen[:3])} and {len(chosen) - 3} more; {kept}. "
