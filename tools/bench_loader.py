@@ -69,8 +69,9 @@ def webdataset_torchvision(folder: Path, workers: int):
 
     urls = sorted(map(str, (folder / "shards").glob("*-train-*.tar")))
     change = transform()
-    data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(1000).decode("pil").to_tuple("jpg", "cls").map(lambda s: change(s[0])).batched(BATCH)
-    return webdataset.WebLoader(data, batch_size=None, num_workers=min(workers, len(urls)))
+    data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+    data = data.map(lambda sample: (change(sample[0]),)).batched(BATCH)
+    return (x for (x,) in webdataset.WebLoader(data, batch_size=None, num_workers=min(workers, len(urls))))
 
 
 def image_folder(folder: Path, workers: int):
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("jpegs", type=Path)
     parser.add_argument("--images", type=int, default=20000, help="images of the set that is made by repeating the given ones")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batches", type=int, default=20, help="batches measured a candidate and round")
+    parser.add_argument("--batches", type=int, default=60, help="batches measured a candidate and round; few would count what workers had ready")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="where the set is made and kept for the next time")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
