@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def image_folder(root: Path, classes: dict[str, int], split: str = "train", size
         folder.mkdir(parents=True, exist_ok=True)
         for k in range(count):
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{k:03d}.png")
+
+
+def digests(store: Path) -> dict[str, dict]:
+    """Hashes of every file of every finished stage."""
+    return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, cli, said_plainly
+from conftest import ROOT, TINY, cli, said_plainly
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -88,8 +88,6 @@ def test_deepspeed_resumes_to_the_bit_and_refuses_another_world(config, tmp_path
     pytest.importorskip("deepspeed")
     settings = ["--set", "train.engine=deepspeed", "runtime.checkpoint_seconds=0"]
     calm = trained(config, "ds-calm", 2, "train.engine=deepspeed")
-    from conftest import ROOT
-
     command = ("train", "observer", config, "--out", tmp_path / "run", "--nproc")
     env = {"PYTHONPATH": str(ROOT / "tests" / "faults"), "LTDD_FAULT": "replace:step-:9:KILL:me", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(tmp_path / "killed")}
     hurt = cli(*command, 2, "--max-restarts", 0, *settings, "observer.warmup_epochs=1", env=env)
@@ -119,8 +117,6 @@ def test_buffers_are_the_same_on_every_rank_and_in_the_checkpoint(config, tmp_pa
 
 
 def fault(folder, what):
-    from conftest import ROOT
-
     return {"PYTHONPATH": str(ROOT / "tests" / "faults"), "LTDD_FAULT": f"{what}:KILL:me", "LTDD_FAULT_RANK": "0", "LTDD_FAULT_MARK": str(folder / "killed")}
 
 

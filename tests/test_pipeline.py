@@ -11,14 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, cli, image_folder, said_plainly
+from conftest import ROOT, TINY, cli, digests, image_folder, said_plainly
 
 EXACT = ("calibrate", "initialize", "recover", "relabel")
-
-
-def digests(store: Path) -> dict[str, dict]:
-    """Hashes of every file of every finished stage."""
-    return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
 
 
 def same_work(store: Path, calm: Path) -> None:

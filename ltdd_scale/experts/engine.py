@@ -58,14 +58,15 @@ class DDPEngine:
 
     def forward(self, x: torch.Tensor, last: bool):
         """A forward pass; gradients are averaged over ranks in the backward pass of the `last` part of a batch."""
-        wait = nullcontext() if last or self.ranks.world == 1 else self.module.no_sync()
-        with wait, self.ranks.autocast():
+        with self._averaging(last), self.ranks.autocast():
             return self.module(x)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        wait = nullcontext() if last or self.ranks.world == 1 else self.module.no_sync()
-        with wait:
+        with self._averaging(last):
             loss.backward()
+
+    def _averaging(self, last: bool):
+        return nullcontext() if last or self.ranks.world == 1 else self.module.no_sync()
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -21,7 +21,7 @@ def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Σ x and Σ x² over the positions of each image and channel, float64 [n, C], for x [n, C, H, W].
 
     On a CPU blocks of at most 256 positions are added in float32 (squares as a norm, which torch reduces as fast as it reads) and the blocks in
-    float64: 30 times as fast as a float64 reduction, and the rounding, about 1e-7 of a block, is that of the activations themselves.
+    float64: 4 times (7 × 7 positions) to 50 times (32 × 32) as fast as a float64 reduction, and the rounding, about 1e-7 of a block, is that of the activations themselves.
     """
     n, c, h, w = x.shape
     if x.device.type != "cpu":

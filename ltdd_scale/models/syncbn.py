@@ -1,6 +1,6 @@
 """BatchNorm over the global batch, so that training does not depend on the number of ranks.
 
-torch's own SyncBatchNorm refuses CPU tensors and adds a module per device kind; this one is a few reductions and runs on both.
+torch's own SyncBatchNorm refuses CPU tensors; this one runs on both.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -16,17 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, digests
 
 from ltdd_scale.runtime.signals import STOP_CODE
 
 pytestmark = pytest.mark.slow
 # Longer trainings than elsewhere, so that most random moments fall into a step; conv observers with BatchNorm over both ranks.
 CONFIG = TINY.replace("epochs: 6, batch_size: 16", "epochs: 12, batch_size: 16")
-
-
-def digests(store: Path) -> dict[str, dict]:
-    return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
 
 
 def start(config: Path, folder: Path, env: dict | None = None, seconds: float = 0, sets: tuple[str, ...] = ()) -> subprocess.Popen:
