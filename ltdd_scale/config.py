@@ -216,8 +216,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return [_coerce(v, get_args(kind)[0], f"{key}[{i}]") for i, v in enumerate(value)]
     if get_origin(kind) in (Union, types.UnionType):
         return None if value is None else _coerce(value, get_args(kind)[0], key)
-    if kind is bool:
-        if isinstance(value, bool):
+    if kind in (bool, dict):
+        if isinstance(value, kind):
             return value
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
@@ -242,7 +242,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     raise UserError(f"{key}: expected {shown}, got {value!r}" + (" (quote it: YAML reads on/off/yes/no as booleans)" if kind is str else ""))
 
 
-def _fill(target: Any, values: Any, prefix: str) -> None:
+def fill(target: Any, values: Any, prefix: str) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.') or 'the config'}: expected settings, got {values!r}")
     hints = typing.get_type_hints(type(target))
@@ -252,16 +252,16 @@ def _fill(target: Any, values: Any, prefix: str) -> None:
             close = ", ".join(sorted(hints))
             raise UserError(f"unknown config key '{key}' (known here: {close})")
         if dataclasses.is_dataclass(hints[name]):
-            _fill(getattr(target, name), value, f"{key}.")
+            fill(getattr(target, name), value, f"{key}.")
         else:
             setattr(target, name, _coerce(value, hints[name], key))
 
 
-def _check(target: Any, prefix: str = "") -> None:
+def check_values(target: Any, prefix: str = "") -> None:
     for f in dataclasses.fields(target):
         value, key, meta = getattr(target, f.name), f"{prefix}{f.name}", f.metadata
         if dataclasses.is_dataclass(value):
-            _check(value, f"{key}.")
+            check_values(value, f"{key}.")
             continue
         if meta.get("choices") and value not in meta["choices"]:
             raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, meta['choices']))}")
@@ -275,7 +275,7 @@ def _check(target: Any, prefix: str = "") -> None:
 
 def check(config: Config) -> list[str]:
     """Raise `UserError` on a wrong setting; return warnings about settings that have no effect."""
-    _check(config)
+    check_values(config)
     data, warnings = config.data, []
     if data.source == "list" and not (data.train_list and data.test_list):
         raise UserError("data.train_list, data.test_list: both are needed with data.source=list")
@@ -348,7 +348,7 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Config:
     """
     path, config = Path(path), Config()
     for layer in _read_yaml(path):
-        _fill(config, layer, "")
+        fill(config, layer, "")
     for item in sets:
         key, sep, text = item.partition("=")
         if not sep:
@@ -359,7 +359,7 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Config:
             raise UserError(f"--set {item}: {text!r} is not a value (quote lists, and leave no blanks in them: 'a.b=[1,2]')") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _fill(config, nested, "")
+        fill(config, nested, "")
     config.name = config.name or path.stem
     check(config)
     return config
@@ -368,7 +368,7 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Config:
 def from_dict(values: dict) -> Config:
     """The config that `to_dict` gave."""
     config = Config()
-    _fill(config, values, "")
+    fill(config, values, "")
     return config
 
 

@@ -157,6 +157,11 @@ def damage(folder: Path) -> list[str]:
     return wrong
 
 
+def part_mark(k: int, n: int) -> str:
+    """The file that says that the k-th of n parts of a stage is done."""
+    return f".part-{k}-{n}"
+
+
 def is_running(folder: Path) -> bool:
     if not (folder / ".lock").exists():
         return False

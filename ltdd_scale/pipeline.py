@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ltdd_scale.config import Config
 from ltdd_scale.data import sampling, shards, sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import train
-from ltdd_scale.graph import VERSIONS, Node, complete, damage, graph, needed
+from ltdd_scale.graph import VERSIONS, Node, complete, damage, graph, needed, part_mark
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import duration
@@ -72,28 +72,34 @@ def _trust(folder: Path) -> None:
     _VERIFIED.add(folder)
 
 
-def _locked(fd: int) -> bool:
+def _locked(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
 @contextmanager
-def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process at work on a folder; the kernel lets go when it dies."""
+def _alone(folder: Path, say: Callable[[str], None], part: tuple[int, int] | None = None) -> Iterator[None]:
+    """One process at work on a folder, or on a part of it; the kernel lets go when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        if not _locked(fd):
-            say(f"waiting: another run is at work on {folder}")
-            while not _locked(fd):
-                signals.check()
-                time.sleep(0.2)
+    with ExitStack() as held:
+
+        def hold(name: str, kind: int) -> None:
+            fd = os.open(folder / name, os.O_CREAT | os.O_RDWR)
+            held.callback(os.close, fd)
+            if not _locked(fd, kind):
+                say(f"waiting: another run is at work on {folder}")
+                while not _locked(fd, kind):
+                    signals.check()
+                    time.sleep(0.2)
+
+        # Parts tolerate each other, not who works on the whole.
+        hold(".lock", fcntl.LOCK_EX if part is None else fcntl.LOCK_SH)
+        if part is not None:
+            hold(f".lock-{part[0]}-{part[1]}", fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
 
 
 def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks: Ranks) -> None:
@@ -104,7 +110,7 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
             shutil.rmtree(path)
         elif path.name.endswith(".tmp"):
             path.unlink()
-    listed = sorted(p for p in folder.iterdir() if p.name not in ("stage.json", ".lock"))
+    listed = sorted(p for p in folder.iterdir() if p.name != "stage.json" and not p.name.startswith("."))
     record = {
         "name": node.name,
         "stage": node.stage,
@@ -122,8 +128,8 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
     files.write_json(folder / "stage.json", record)
 
 
-def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ranks: Ranks, quiet: bool, auto_ranks: bool) -> None:
-    """Run one node on all `ranks`, unless another process has done it meanwhile."""
+def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ranks: Ranks, quiet: bool, auto_ranks: bool, part: tuple[int, int] | None) -> None:
+    """Run one node, or a part of it, on all `ranks`, unless another process has done it meanwhile."""
     signals.check()
     folder = node.folder(store)
     inputs = {i: nodes[i].folder(store) for i in node.inputs}
@@ -133,7 +139,7 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
     begin = time.monotonic()
     # Students run side by side: only rank 0's draws its progress.
     quiet = quiet or os.environ.get("RANK", "0") != "0"
-    context = Context(ranks, folder, inputs, node.fingerprint, config.runtime.checkpoint_seconds, quiet, auto_ranks)
+    context = Context(ranks, folder, inputs, node.fingerprint, config.runtime.checkpoint_seconds, quiet, auto_ranks, part)
     if not ranks.first:
         if ranks.share(None):  # rank 0 has the lock now and says whether there is work left
             _run(node, config, context)
@@ -141,12 +147,15 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
             ranks.barrier()  # rank 0 has sealed the folder: what comes next may read it
         return
     try:
-        with _alone(folder, context.say):
+        with _alone(folder, context.say, part):
             if ranks.share(not complete(folder)):
                 (folder / "stage.json").unlink(missing_ok=True)
                 facts = _run(node, config, context)
                 ranks.barrier()
-                _seal(node, store, facts, time.monotonic() - begin, ranks)
+                if part is not None:
+                    (folder / part_mark(*part)).touch()
+                else:
+                    _seal(node, store, facts, time.monotonic() - begin, ranks)
                 ranks.barrier()
     except OSError as error:
         raise files.explain(error, folder) from error
@@ -158,9 +167,16 @@ def _efforts(students: list[Node], shard: Path, ipc: int) -> np.ndarray:
     return np.asarray([s.effort * (sum(counts) if s.work["set"] == "full" else len(counts) * ipc) for s in students])
 
 
-def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bool = False, auto_ranks: bool = True) -> dict[str, Node]:
-    """Bring `targets` (node names) up to date; return the graph. Students are shared out over ranks, all other stages use all ranks."""
+def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bool = False, auto_ranks: bool = True, part: tuple[int, int] | None = None) -> dict[str, Node]:
+    """Bring `targets` (node names) up to date; return the graph. Students are shared out over ranks, all other stages use all ranks.
+
+    With `part` (k, n) only the k-th of n shares of recovery's chunks ("recover") or of the students ("evaluate") is done, and the stage left unfinished.
+    """
     nodes = graph(config)
+    share, shares = part or (0, 1)
+    everyone = [n for n in nodes.values() if n.stage == "student"]
+    if part and targets == ["evaluate"]:
+        targets = [n.name for n in everyone]
     names = needed(nodes, targets)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -183,22 +199,25 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
             recover.check_ranks(config.recover, len(manifest["classes"]), config.ipc, ranks.world)
         begin = time.monotonic()
         announce(f"{name} …")
-        _execute(nodes[name], nodes, config, store, ranks, quiet, auto_ranks)
+        _execute(nodes[name], nodes, config, store, ranks, quiet, auto_ranks, part if name == "recover" and "recover" in targets else None)
         announce(f"{name}: done in {duration(time.monotonic() - begin)}")
     if students:
         begin = time.monotonic()
-        announce(f"{len(students)} students …")
-        mine = sampling.spread(_efforts([nodes[n] for n in students], nodes["shard"].folder(store), config.ipc), ranks.world)[ranks.rank]
+        # A part's share is of all students, not of those left: parts that start at different times must agree on it.
+        several = [n.name for n in everyone] if part else students
+        efforts = _efforts([nodes[n] for n in several], nodes["shard"].folder(store), config.ipc)
+        mine = [k for k in sampling.spread(efforts, shares * ranks.world)[share * ranks.world + ranks.rank] if several[k] in students]
+        announce(f"{len(students)} students …" if not part else f"part {share} of {shares} of {len(several)} students …")
         alone = Ranks(0, 1, ranks.device, ranks.autocast_dtype)
         for done, k in enumerate(mine, 1):
-            _execute(nodes[students[k]], nodes, config, store, alone, quiet, auto_ranks)
+            _execute(nodes[several[k]], nodes, config, store, alone, quiet, auto_ranks, None)
             if not quiet:
-                facts = files.read_json(nodes[students[k]].folder(store) / "stage.json")["facts"]
+                facts = files.read_json(nodes[several[k]].folder(store) / "stage.json")["facts"]
                 left = duration((time.monotonic() - begin) / done * (len(mine) - done))
-                text = f"{students[k].removeprefix('student/')}: {facts['top1']:.1f} % (spread over classes {facts['class_std']:.1f})"
+                text = f"{several[k].removeprefix('student/')}: {facts['top1']:.1f} % (spread over classes {facts['class_std']:.1f})"
                 print(f"  {text}; rank {ranks.rank} has done {done} of {len(mine)}, {left} left", flush=True)
         ranks.barrier()
         announce(f"students: done in {duration(time.monotonic() - begin)}")
     if "evaluate" in pending:
-        _execute(nodes["evaluate"], nodes, config, store, ranks, quiet, auto_ranks)
+        _execute(nodes["evaluate"], nodes, config, store, ranks, quiet, auto_ranks, None)
     return nodes

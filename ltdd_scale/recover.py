@@ -228,11 +228,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     split = ShardSplit(context.input("shard"), "train")
     num_classes = len(split.classes)
     work = chunks(num_classes, config.ipc, settings.batch_size, settings.chunk_classes)
-    if ranks.world > len(work):
-        context.say(f"recover has {len(work)} chunks for {ranks.world} ranks; the others wait")
+    if ranks.world * (context.part or (0, 1))[1] > len(work):
+        context.say(f"recover has {len(work)} chunks for {ranks.world * (context.part or (0, 1))[1]} ranks; the others have nothing to do")
     finished = [arrays.class_file(context.out, c).exists() for c in range(num_classes)]
     if not ranks.share(all(finished)):
         _recover_chunks(config, context, split, work)
+        if context.part:
+            return {}  # classes are put together when the chunks of all parts are there
         ranks.barrier()
         for c in range(ranks.rank, num_classes, ranks.world):
             arrays.save(arrays.class_file(context.out, c), _class_images(context, work, c))
@@ -273,7 +275,7 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (split.mean, split.std))
     low, high = (0 - mean) / std, (1 - mean) / std
     spec = ViewSpec(size, tuple(settings.crop_scale), mirror=config.data.mirror)
-    mine = work[ranks.rank :: ranks.world]
+    mine = context.share(work)
     progress = context.progress("recover", len(mine) * max(settings.iterations, 1), "iterations", stops=False)
     for position, chunk in enumerate(mine):
         signals.check()

@@ -15,7 +15,7 @@ VERSION = 1
 SHOWN = {"distilled": "distilled", "initial": "initial (confident crops)", "random": "random real", "full": "whole long-tailed set"}
 
 
-def _cell(entry: dict[str, Any], number: str) -> str:
+def cell(entry: dict[str, Any], number: str) -> str:
     if entry.get(number) is None:
         return "–"
     spread = entry.get(f"{number}_std")
@@ -31,11 +31,11 @@ def table(results: dict[str, Any]) -> str:
     shown = [e for e in summary["students"] if e["set"] == "full" or (e["labels"] == kind and e["set"] != "initial")]
     for e in sorted(shown, key=lambda e: (e["net"], order[e["set"]])):
         rows.append(
-            [SHOWN[e["set"]], e["labels"], e["net"], str(e["ipc"] or "–"), *(_cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), str(e["num_seeds"])]
+            [SHOWN[e["set"]], e["labels"], e["net"], str(e["ipc"] or "–"), *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), str(e["num_seeds"])]
         )
     for role, e in summary["experts"].items():
-        rows.append([role, "–", e["net"], "–", *(_cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), "1"])
-    text = _markdown(rows)
+        rows.append([role, "–", e["net"], "–", *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), "1"])
+    text = markdown(rows)
     if results["matrix"]:
         text += "\n\nThe label matrix (top-1):\n\n" + matrix_table(results)
     return text
@@ -49,8 +49,8 @@ def matrix_table(results: dict[str, Any]) -> str:
     rows = [["images", *kinds, "net"]]
     for net in nets:
         for which in ("random", "initial", "distilled"):
-            rows.append([SHOWN[which], *(_cell(cells[which, y, net], "top1") if (which, y, net) in cells else "–" for y in kinds), net])
-    return _markdown(rows)
+            rows.append([SHOWN[which], *(cell(cells[which, y, net], "top1") if (which, y, net) in cells else "–" for y in kinds), net])
+    return markdown(rows)
 
 
 def ablation_table(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> str:
@@ -60,12 +60,12 @@ def ablation_table(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> st
         kind, cells = results["summary"]["labels"], {(e["set"], e["labels"]): e for e in results["summary"]["students"]}
         e, random = cells["distilled", kind], cells.get(("random", kind), {})
         teacher = results["summary"]["experts"]["teacher"]
-        out.append([title, *(_cell(e, n) for n in ("top1", "class_std", "many", "medium", "few")), f"{teacher['top1']:.1f}", _cell(random, "top1")])
+        out.append([title, *(cell(e, n) for n in ("top1", "class_std", "many", "medium", "few")), f"{teacher['top1']:.1f}", cell(random, "top1")])
     kind = rows[0][1]["summary"]["labels"]
-    return f"# Ablation of {config.name}\n\nIPC {config.ipc}, {kind} labels, {config.evaluate.seeds} seeds, {config.evaluate.split} images, per cent.\n\n{_markdown(out)}\n"
+    return f"# Ablation of {config.name}\n\nIPC {config.ipc}, {kind} labels, {config.evaluate.seeds} seeds, {config.evaluate.split} images, per cent.\n\n{markdown(out)}\n"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
     widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
     lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -34,6 +34,7 @@ class Session:
     store: Path
     targets: list[str]
     quiet: bool = False
+    part: tuple[int, int] | None = None  # (k, n): the k-th of n shares of the target's pieces, and no more
 
     def enter(self) -> None:
         """Make the run folder ours. Raises `UserError` where it holds a run of another config."""
@@ -54,7 +55,8 @@ class Session:
 
     def pending(self) -> bool:
         nodes = graph.graph(self.config)
-        return any(not graph.complete(nodes[t].folder(self.store)) for t in self.targets)
+        targets = [n for n, node in nodes.items() if node.stage == "student"] if self.targets == ["evaluate"] and self.part else self.targets
+        return any(not graph.complete(nodes[t].folder(self.store)) for t in targets)
 
     def work(self, auto_ranks: bool) -> None:
         """Do what is left, on as many ranks as the environment says."""
@@ -62,9 +64,9 @@ class Session:
         from ltdd_scale.runtime import ranks
 
         runtime = self.config.runtime
-        peers = ranks.join(runtime.device, runtime.precision, runtime.threads)
+        peers = ranks.join(runtime.device, runtime.precision, runtime.threads, self.store / ".meet")
         try:
-            pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks)
+            pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks, self.part)
             peers.barrier()
             ranks.leave()  # only here: after an error peers may be missing, and leaving would wait for them
         except RuntimeError as error:
@@ -97,6 +99,9 @@ class Session:
             print(f"page to look at   {self.out / 'report.html'}")
         else:
             for target in self.targets:
+                if self.part:
+                    print(f"{target}: part {self.part[0]} of {self.part[1]} done")
+                    continue
                 print(f"{target}: done, in {nodes[target].folder(self.store)}")
         return 0
 
@@ -123,9 +128,16 @@ def ablation(args, config: Config, command: Callable[[list[str]], int]) -> int:
 
 
 def status(run: Path) -> int:
-    """Print a line a stage: done, running, stale (done before, for other settings), damaged, partial, missing."""
+    """Print the table of jobs, if there are any; of a run a line a stage: done, running, stale (done before, for other settings), damaged, partial, missing."""
+    jobs = (run / "jobs" / "jobs.json").exists()
+    if jobs:
+        from ltdd_scale.launch import board, campaign
+
+        print(board.table(campaign.load(run))[0])
     if not (run / "run.json").exists():
-        raise UserError(f"{run} is not a run folder (no run.json in it)")
+        if jobs:
+            return 0
+        raise UserError(f"{run} is neither a run folder (no run.json in it) nor a sweep's")
     record = files.read_json(run / "run.json")
     config = configuration.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     nodes, store = graph.graph(config), Path(record["store"])

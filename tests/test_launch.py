@@ -7,12 +7,12 @@ from conftest import ROOT
 
 PROGRAM = """
 import os, sys, time, signal, types
-from ltdd_scale import launch
+from ltdd_scale.launch import local
 import subprocess
 what = sys.argv[1]
 real = subprocess.Popen
 subprocess.Popen = lambda command, **kw: real([sys.executable, "-c", {child!r}, what], **kw)
-sys.exit(launch.run_ranks(2, [], auto=False, max_restarts=1))
+sys.exit(local.run_ranks(2, [], auto=False, max_restarts=1))
 """
 CHILD = """
 import os, sys, time, signal

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import tensors
+from ltdd_scale.runtime import signals, tensors
 
 
 class Checkpoints:
@@ -27,7 +27,7 @@ class Checkpoints:
         self._error: BaseException | None = None
 
     def due(self) -> bool:
-        return time.monotonic() - self._last >= self.seconds
+        return time.monotonic() - self._last >= self.seconds or signals.save_wanted(self._last)
 
     def save(self, step: int, state: dict[str, Any], wait: bool = False) -> None:
         self.wait()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
@@ -23,6 +25,12 @@ class Context:
     checkpoint_seconds: float
     quiet: bool = False
     auto_ranks: bool = field(default=True)  # nobody asked for this number of ranks: too many are idle, not an error
+    part: tuple[int, int] | None = None  # (k, n): of the stage's pieces only the k-th of n shares; other jobs see to the others
+
+    def share(self, pieces: Sequence[Any]) -> list[Any]:
+        """This rank's pieces of work: every n-th, n counting the ranks of all parts."""
+        (k, n), ranks = self.part or (0, 1), self.ranks
+        return list(pieces[k * ranks.world + ranks.rank :: n * ranks.world])
 
     def input(self, name: str) -> Path:
         return self.inputs[name]

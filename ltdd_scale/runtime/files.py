@@ -6,21 +6,26 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ltdd_scale.errors import UserError
 
+# Asked before a file appears under its name: a process that has lost the right to write raises here (see `launch.task`).
+guard: Callable[[], None] = lambda: None  # noqa: E731
+
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` so that a crash leaves the old file or the new one, never a torn one."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # not the process's number: two nodes may share a folder and have the same one
     try:
         with open(tmp, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
+        guard()
         os.replace(tmp, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import socket
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ltdd_scale.errors import UserError
-
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+from ltdd_scale.runtime import files, place, signals
 
 
 @dataclass
@@ -84,20 +86,20 @@ class Ranks:
             return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, **options)
 
 
-def join(device: str, precision: str, threads: int) -> Ranks:
-    """Join the process group that torchrun (or `ltdd-scale --nproc`) describes in the environment, or be alone.
+def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> Ranks:
+    """Join the process group that the environment describes (torchrun, `ltdd-scale --nproc`, a SLURM step), or be alone.
 
+    The tasks of a SLURM step find each other by a note in the shared folder `meeting`.
     Raises `UserError` for a half-set environment and for a GPU that is not there.
     """
-    given = [name for name in _NEEDED if name in os.environ]
-    if given and len(given) < len(_NEEDED):
-        missing = ", ".join(name for name in _NEEDED if name not in os.environ)
-        raise UserError(f"the environment has {', '.join(given)} but not {missing}: start with torchrun or --nproc, or unset them")
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(_NEEDED, (0, 1, 0), strict=True))
+    place.adopt()
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(place.TORCHRUN, (0, 1, 0), strict=True))
     kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, or check the driver")
+        if place.in_step() and torch.cuda.device_count() == 1:
+            local = 0  # SLURM shows each task its own GPU only
         if local >= torch.cuda.device_count():
             raise UserError(f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc")
         torch.cuda.set_device(local)
@@ -110,12 +112,40 @@ def join(device: str, precision: str, threads: int) -> Ranks:
     if world > 1 and not dist.is_initialized():
         # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
         timeout = datetime.timedelta(days=2)
-        store, _, _ = next(dist.rendezvous(os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout))
+        if place.in_step():
+            store = _meet(meeting, rank, world, timeout)
+        else:
+            store, _, _ = next(dist.rendezvous(os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout))
         # torchrun keeps its store when it restarts workers; without a prefix they would look for their dead predecessors' addresses, and wait.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, timeout=timeout)
     wants = "bfloat16" if precision == "auto" and kind == "cuda" else "float32" if precision == "auto" else precision
     return Ranks(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), torch.bfloat16 if wants == "bfloat16" else None)
+
+
+def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
+    """A store on a free port of rank 0, which is told in the shared folder: a port that is guessed may be in use."""
+    note = place.note_of(folder)
+    if rank == 0:
+        host = os.environ.get("SLURMD_NODENAME", "")
+        try:
+            socket.getaddrinfo(host or None, 0)
+        except OSError:
+            host = ""
+        host = host or socket.gethostname()
+        store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(note, f"{host} {store.port}")
+        return store
+    for waited in range(3000):
+        if note.exists():
+            host, port = note.read_text().split()
+            return dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
+        if waited % 50 == 49:
+            signals.check()
+            os.listdir(folder) if folder.exists() else None  # a network file system may remember for long that a file is not there
+        time.sleep(0.1)
+    raise UserError(f"rank {rank} has waited 5 minutes for rank 0's note {note}: is the store on a file system that all nodes share?")
 
 
 def leave() -> None:

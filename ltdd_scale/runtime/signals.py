@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from types import FrameType
 
 STOP_CODE = 75  # EX_TEMPFAIL, "try again later": launchers take it for "start me again, I go on from here"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 _requested: str | None = None
+_term_saves = False
+_save_wanted = float("-inf")
 
 
 class Preempted(BaseException):
@@ -22,13 +25,21 @@ class Preempted(BaseException):
 
 
 def _request(number: int, _: FrameType | None) -> None:
-    global _requested
+    global _requested, _save_wanted
+    if _term_saves and number == signal.SIGTERM:
+        _save_wanted = time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"  SIGTERM: saving, then going on until the end\n")
+        return
     if _requested is None and os.environ.get("RANK", "0") == "0":
         os.write(2, f"  {signal.Signals(number).name}: saving, then making room\n".encode())  # print is not safe in a handler
     _requested = signal.Signals(number).name
 
 
-def install() -> None:
+def install(term_saves: bool = False) -> None:
+    """`term_saves`: SIGTERM asks for a checkpoint only, as it must under SLURM. Said once, it holds for this process."""
+    global _term_saves
+    _term_saves = _term_saves or term_saves
     for number in SIGNALS:
         signal.signal(number, _request)
 
@@ -50,6 +61,11 @@ def ignore() -> None:
 
 def requested() -> bool:
     return _requested is not None
+
+
+def save_wanted(since: float) -> bool:
+    """Whether a notice came after `since` (`time.monotonic`)."""
+    return _save_wanted > since
 
 
 def check() -> None:

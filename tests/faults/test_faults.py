@@ -65,7 +65,7 @@ def calm(tmp_path_factory) -> tuple[Path, Path]:
 # (what, where, the how-manieth, signal, whom), rank; None is the launcher.
 CHOSEN = [
     ("import:torch:1:TERM:me", 0),  # before there is anything to save
-    ("import:ltdd_scale.launch:1:USR2:me", None),
+    ("import:ltdd_scale.launch.local:1:USR2:me", None),
     ("fsync:shard:2:TERM:me", 0),
     ("replace:manifest:1:KILL:me", 0),
     ("import:torch.distributed:1:KILL:all", 1),

@@ -1,0 +1,1 @@
+"""Starting the work: ranks on this machine, jobs on a cluster, sweeps of many configs."""
