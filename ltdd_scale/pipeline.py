@@ -6,6 +6,7 @@ import fcntl
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -156,6 +157,8 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
                     (folder / part_mark(*part)).touch()
                 else:
                     _seal(node, store, facts, time.monotonic() - begin, ranks)
+                    if "SLURM_JOB_ID" in os.environ:  # for who reads the logs of a hundred jobs
+                        print(f"sealed {node.stage}/{node.fingerprint}", file=sys.stderr, flush=True)
                 ranks.barrier()
     except OSError as error:
         raise files.explain(error, folder) from error

@@ -291,6 +291,8 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
             views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
             checkpoints = context.checkpoints(f"chunk-{chunk.number:05d}")
             resumed = checkpoints.load()
+            if resumed:
+                context.say(f"recover: chunk {chunk.number} goes on at iteration {resumed[0]} of {settings.iterations}")
 
             def tick(t: int, state, position=position, checkpoints=checkpoints) -> None:
                 progress.update(position * settings.iterations + t)

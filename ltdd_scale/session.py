@@ -137,7 +137,7 @@ def status(run: Path) -> int:
     if not (run / "run.json").exists():
         if jobs:
             return 0
-        raise UserError(f"{run} is neither a run folder (no run.json in it) nor a sweep's")
+        raise UserError(f"{run} is not a run folder (no run.json in it), nor a sweep's")
     record = files.read_json(run / "run.json")
     config = configuration.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     nodes, store = graph.graph(config), Path(record["store"])

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["slurm_tools"]
 
 # A whole run in a few seconds: every stage does real work on real digits.
 TINY = """

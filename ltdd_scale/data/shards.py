@@ -7,6 +7,7 @@ image came from), ``manifest.json`` and ``quarantine.json``. Every image is deco
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
@@ -64,6 +65,7 @@ def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, 
 
 
 VALUES = np.arange(256)
+SAMPLED = 128  # the mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at least so many remains
 
 # The split that worker processes read from; inherited by fork, since readers are closures over files or arrays.
 _SPLIT: Split | None = None
@@ -73,7 +75,7 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
     """Write images first … last−1 of the split as one tar with its index; return the rows that describe them."""
     assert _SPLIT is not None
     buffer = io.BytesIO()
-    rows, bad = [], []
+    rows, bad, index = [], [], []
     sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
     writer = webdataset.TarWriter(buffer, mtime=0, encoder=False)
     for i in range(first, last):
@@ -83,14 +85,20 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
         except Exception as error:
             bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
             continue
-        writer.write({"__key__": f"{i:08d}", ext: content, "cls": b"%05d" % label})
+        members = {"cls": b"%05d" % label, ext: content}
+        index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
+        writer.write({"__key__": f"{i:08d}", **members})
         rows.append([i, label, *rgb.size])
         # Integer sums: the mean and deviation do not depend on how the work was shared out.
+        step = max(min(rgb.size) // SAMPLED, 1)
+        if step > 1:
+            rgb = rgb.resize((rgb.width // step, rgb.height // step), Image.Resampling.NEAREST, box=(0, 0, rgb.width // step * step, rgb.height // step * step))
         counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
         sums, squares, pixels = sums + counts @ VALUES, squares + counts @ VALUES**2, pixels + rgb.width * rgb.height
     writer.close()
     content = buffer.getvalue()
-    files.write_bytes(Path(path).with_suffix(".idx"), _index(content))
+    text = "\n".join([f"v1.2 {len(index)}", *index, ""])
+    files.write_text(Path(path).with_suffix(".idx"), text)
     files.write_bytes(path, content)
     part = {
         "made": [first, last, store_resolution, quality],
@@ -99,21 +107,21 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
         "sums": sums.tolist(),
         "squares": squares.tolist(),
         "pixels": pixels,
-        "sha256": files.sha256(path),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
     }
     files.write_json(f"{path}.part.json", part)
     return part
 
 
-def _index(content: bytes) -> bytes:
-    """DALI's index of a tar, version 1.2: 'extension offset size name' of each component, a sample a line."""
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        for member in tar:
-            key, _, ext = member.name.partition(".")
-            samples.setdefault(key, []).append(f"{ext} {member.offset_data} {member.size} {member.name}")
-    return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values()), ""]).encode()
+def _index_line(key: str, members: dict[str, bytes], offset: int) -> str:
+    """A sample's line of DALI's index, version 1.2: 'extension offset size name' of each component. `offset` is the tar's length so far."""
+    parts = []
+    for ext in sorted(members):
+        size = len(members[ext])
+        parts.append(f"{ext} {offset + tarfile.BLOCKSIZE} {size} {key}.{ext}")
+        offset += tarfile.BLOCKSIZE * (1 - -size // tarfile.BLOCKSIZE)
+    return " ".join(parts)
 
 
 def _reuse(path: Path, made: list[int]) -> dict[str, Any] | None:
@@ -184,7 +192,7 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
     Raises `UserError` where quarantine leaves a class without images.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), 16)  # each holds a whole tar in memory
+    workers = workers or min(len(os.sched_getaffinity(0)) + 1, 16)  # one decodes while another waits for the disk; each holds a whole tar in memory
     splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
     stored = {"side": store_resolution, "jpeg_quality": quality} if store_resolution else "original bytes"
     manifest: dict[str, Any] = {"format": 1, "name": name, "stored": stored, "classes": source.classes, "notes": source.notes, "splits": {}}

@@ -82,19 +82,25 @@ def load(folder: Path) -> Campaign:
     return Campaign(saved["name"], folder / "jobs", Path(saved["store"]), points, jobs, saved["ids"], saved["refused"], saved["failed"])
 
 
-def prepare(campaign: Campaign) -> str:
-    """Write the points' configs and a snapshot of the code, which the jobs run: edits after this do not reach them. Returns the code's digest."""
-    package, copy = Path(ltdd_scale.__file__).parent, campaign.folder / "code" / "ltdd_scale"
+def _code(campaign: Campaign) -> Path:
+    """Where the snapshot of this code belongs. Each state of the code has a folder of its own: jobs in the queue keep theirs."""
+    return campaign.folder / "code" / code_digest(Path(ltdd_scale.__file__).parent)
+
+
+def prepare(campaign: Campaign) -> Path:
+    """Write the points' configs and a snapshot of the code, which the jobs run: edits after this do not reach them. Returns the snapshot's folder."""
     for folder in ("logs", "ends", "fences", "configs"):
         (campaign.folder / folder).mkdir(parents=True, exist_ok=True)
     for point in campaign.points:
         point.out.mkdir(parents=True, exist_ok=True)
         files.write_text(point.path, configuration.to_yaml(point.config))
-    digest = code_digest(package)
-    if package != copy and (not copy.exists() or code_digest(copy) != digest):
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    return digest
+    code = _code(campaign)
+    if not code.exists():
+        whole = code.with_suffix(".tmp")
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(Path(ltdd_scale.__file__).parent, whole / "ltdd_scale", ignore=shutil.ignore_patterns("__pycache__"))
+        whole.rename(code)
+    return code
 
 
 def missing(campaign: Campaign, alive: set[str]) -> list[Job]:
@@ -115,14 +121,14 @@ def submit(campaign: Campaign, profile: Profile, max_jobs: int, say) -> int:
     todo = missing(campaign, alive)
     if not todo:
         return 0
-    digest = prepare(campaign)
+    code = prepare(campaign)
     for number, job in enumerate(todo):
         lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
         waits = [campaign.ids[n] for n in job.needs if campaign.ids.get(n) in alive]
         for note in (campaign.folder / "ends").glob(f"{campaign.ids.get(job.name, 'none')}*"):
             note.unlink()
         dependency = slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
-        campaign.ids[job.name] = slurm.submit(job, profile, campaign.folder, digest, dependency, lane)
+        campaign.ids[job.name] = slurm.submit(job, profile, campaign.folder, code, dependency, lane)
         alive.add(campaign.ids[job.name])
         campaign.save()  # after each: a submission that dies half-way is picked up where it was
         array = f" ({len(job.commands)} elements)" if len(job.commands) > 1 else ""
@@ -171,5 +177,5 @@ def describe(campaign: Campaign, profile: Profile, max_jobs: int) -> dict[str, A
         lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
         waits = [f"<{n}>" for n in job.needs if n in names]
         dependency = slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
-        out[job.name] = slurm.script(job, profile, campaign.folder, dependency, lane)
+        out[job.name] = slurm.script(job, profile, campaign.folder, _code(campaign), dependency, lane)
     return out

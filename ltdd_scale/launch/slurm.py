@@ -35,10 +35,10 @@ exit $code
 """
 
 
-def parameters(job: Job, profile: Profile, folder: Path, dependency: str, lane: str) -> dict[str, Any]:
-    """submitit's parameters for a job."""
+def parameters(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> dict[str, Any]:
+    """submitit's parameters for a job that runs the package in `code`."""
     wants = profile.of(job.stage)
-    env = {"PYTHONPATH": f"{folder / 'code'}${{PYTHONPATH:+:$PYTHONPATH}}", **profile.env}
+    env = {"PYTHONPATH": f"{code}${{PYTHONPATH:+:$PYTHONPATH}}", **profile.env}
     setup = [*profile.setup, *(f'export {k}="{v}"' for k, v in env.items()), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
     teardown = (_TEARDOWN % {"ends": shlex.quote(str(folder / "ends")), "retries": profile.retries}).strip().splitlines()
     out = {
@@ -72,22 +72,22 @@ def dependency_of(ids: list[str], lane: str, kind: str = "afterok") -> str:
     return ",".join([*([f"{kind}:" + ":".join(ids)] if ids else []), *(["singleton"] if lane else [])])
 
 
-def script(job: Job, profile: Profile, folder: Path, dependency: str, lane: str) -> str:
+def script(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> str:
     """The sbatch file that submitit writes."""
     from submitit.slurm import slurm as submitit_slurm
 
     count = {"map_count": len(job.commands)} if len(job.commands) > 1 else {}
     command = f"{profile.python or shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder / 'logs'))}"
-    return submitit_slurm._make_sbatch_string(command, folder / "logs", **count, **parameters(job, profile, folder, dependency, lane))
+    return submitit_slurm._make_sbatch_string(command, folder / "logs", **count, **parameters(job, profile, folder, code, dependency, lane))
 
 
-def submit(job: Job, profile: Profile, folder: Path, digest: str, dependency: str, lane: str) -> str:
+def submit(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> str:
     """Submit a job, or an array; return its SLURM id. Raises `UserError` with what sbatch said."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder / "logs", max_num_timeout=1000, python=profile.python or None)
-    executor.update_parameters(**parameters(job, profile, folder, dependency, lane))
-    tasks = [Task(c, os.getcwd(), digest, str(folder)) for c in job.commands]
+    executor.update_parameters(**parameters(job, profile, folder, code, dependency, lane))
+    tasks = [Task(c, os.getcwd(), code.name, str(folder)) for c in job.commands]
     # From inside a job (a shell on a node, say) its SLURM_ variables would be taken for wishes.
     clean = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:

@@ -96,6 +96,7 @@ class Task:
         parent = os.getppid()
         signals.install(term_saves=True)
         first = os.environ["SLURM_PROCID"] == "0"
+        os.environ["LTDD_AUTO_RANKS"] = "1"  # ranks without work are idle, not an error
         folder, fence = Path(self.folder), Fence(Path(self.folder) / "fences")
         if first:
             fence.claim()
@@ -120,6 +121,8 @@ class Task:
         from ltdd_scale import cli
 
         os.chdir(self.cwd)
+        # One task is one rank: without this a job of one task would start as many as it sees cores.
+        os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
         if first:
             attempt, node = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURMD_NODENAME", "")
             print(f"== job {job_id()}, attempt {attempt}, on {node}: ltdd-scale {' '.join(self.arguments)}", file=sys.stderr, flush=True)

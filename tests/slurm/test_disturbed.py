@@ -1,0 +1,199 @@
+"""Jobs that SLURM, or fate, ends in the middle: each ends in the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import cli
+from slurm_tools import TESTBED, until
+
+from ltdd_scale.launch import slurm
+from ltdd_scale.runtime import files
+
+pytestmark = pytest.mark.slow
+TWO = {"nodes": 2, "gpus_per_node": 1}
+
+
+def same_bytes(jobs) -> None:
+    ours, calm = (files.read_json(base / "store" / jobs.job.nodes[0] / "stage.json")["files"] for base in (jobs.folder, jobs.calm))
+    assert ours == calm
+
+
+def resumed(jobs) -> list[int]:
+    """The steps at which attempts went on."""
+    return [int(n) for n in re.findall(r"resumed at step (\d+)", jobs.log())]
+
+
+def occupy(node: str, seconds: int = 2) -> str:
+    """A job of high priority that wants the whole node."""
+    wanted = ["sbatch", "--parsable", "-p", "high", "-w", node, "--exclusive", "-c", "4", "-t", "5", "-o", "/dev/null", "--wrap", f"sleep {seconds}"]
+    return subprocess.run(wanted, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def is_step(env, command) -> bool:
+    return command.startswith("slurmstepd:") and ".batch]" not in command and ".extern]" not in command
+
+
+def is_task(rank: str):
+    return lambda env, command: env.get("SLURM_PROCID") == rank and "SLURM_STEP_ID" in env and "submitit" in command
+
+
+def requeue(jobs) -> None:
+    subprocess.run(["scontrol", "requeue", jobs.made.ids["observer"]], check=True)
+
+
+def preempt(jobs) -> None:
+    occupy("node2")
+
+
+def kill_task(jobs) -> None:
+    (pid,) = jobs.processes(is_task("1"))
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_step(jobs) -> None:
+    for pid in jobs.processes(is_step):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_batch(jobs) -> None:
+    (pid,) = jobs.processes(lambda env, command: command.startswith("slurmstepd:") and ".batch]" in command)
+    os.kill(pid, signal.SIGKILL)
+
+
+EVENTS = {"requeue": requeue, "preempted": preempt, "task killed": kill_task, "step killed": kill_step, "batch step killed": kill_batch}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_disturbed_training_ends_in_the_same_bytes(event, jobs):
+    run = jobs("observer", **TWO)
+    run.submit()
+    run.checkpoint()
+    EVENTS[event](run)
+    end = run.ended()
+    assert end.state == "COMPLETED" and end.restarts >= 1, (end, run.log(), run.ends())
+    assert event == "batch step killed" or (resumed(run) and min(resumed(run)) > 0), run.log()
+    same_bytes(run)
+    if event == "task killed":
+        assert "exit code 137" in run.ends()  # the reason is kept
+    if event == "preempted":
+        assert "SIGUSR2: saving, then making room" in run.log() and "the job is queued again" in run.log()
+
+
+def test_preemption_without_notice(jobs):
+    """GraceTime 0: SLURM has requeued the job before we ask for it."""
+    run = jobs("observer", **TWO, partition="abrupt")
+    run.submit()
+    run.checkpoint()
+    preempt(run)
+    assert run.ended().state == "COMPLETED" and resumed(run)[0] > 0, run.log()
+    same_bytes(run)
+
+
+def test_sigterm_alone_saves_and_goes_on(jobs, testbed):
+    """A cluster without preempt_send_user_signal: a job that ended by itself in its grace time would count as failed."""
+    conf = Path(os.environ["SLURM_CONF"])
+    text = conf.read_text()
+    try:
+        conf.write_text(text.replace("\nSlurmctldParameters=preempt_send_user_signal", "\n").replace("GraceTime=30", "GraceTime=4"))
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+        run = jobs("observer", **TWO)
+        run.submit()
+        run.checkpoint()
+        preempt(run)
+        end = run.ended()
+        assert end.state == "COMPLETED" and end.restarts == 1, (end, run.log())
+        assert "SIGTERM: saving, then going on until the end" in run.log() and resumed(run)[0] > 0
+        same_bytes(run)
+    finally:
+        conf.write_text(text)
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+
+
+def test_the_time_limit(jobs):
+    """Work that is longer than a turn goes on in the next one."""
+    run = jobs("observer", **TWO, minutes=1, signal_delay_s=45)
+    run.submit()
+    end = run.ended(300)
+    assert end.state == "COMPLETED" and end.restarts >= 1 and "SIGUSR2" in run.log(), (end, run.log())
+    same_bytes(run)
+
+
+def test_a_node_that_slurm_gave_up_writes_no_more(jobs, testbed):
+    """slurmd dies, the job's processes live on; SLURM requeues the job elsewhere: the earlier attempt must end, unwritten."""
+    run = jobs("observer", gpus_per_node=2, cpus_per_task=1)
+    number = run.submit()
+    run.checkpoint()
+    for pid in run.processes(is_task("0")) + run.processes(is_task("1")):
+        os.kill(pid, signal.SIGSTOP)  # a machine that hangs: it must not finish before SLURM has noticed
+    stopped = run.processes(lambda env, command: "submitit" in command and "SLURM_STEP_ID" in env)
+    node = subprocess.run(["squeue", "-h", "-j", number, "-o", "%N"], capture_output=True, text=True).stdout.strip()
+    os.kill(int((testbed / f"run/slurmd-{node}.pid").read_text()), signal.SIGKILL)
+    until(lambda: run.state().restarts >= 1, 90, f"SLURM has not noticed that {node} is gone")
+    # The lock is let go only once the old attempt has ended: it finds, awake, that it has been replaced.
+    until(lambda: (run.folder / "run/jobs/fences" / number).read_text() == "1", 90, "no second attempt")
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    end = run.ended()
+    assert end.state == "COMPLETED", (end, run.log())
+    assert "attempt 1 of job" in run.log() and "attempt 0 ends here, unwritten" in run.log(), run.log()
+    same_bytes(run)
+    subprocess.run([TESTBED, "up"], check=True, capture_output=True)
+
+
+def test_an_element_of_recovery_resumes_within_its_chunk(jobs):
+    run = jobs("recover", array_parallelism=1, stages={"recover": {"array": 2}})
+    number = run.submit()
+    run.checkpoint()
+    subprocess.run(["scontrol", "requeue", f"{number}_0"], check=True)
+    assert run.ended().state == "COMPLETED", run.log()
+    attempts = re.findall(rf"== job {number}_(\d), attempt (\d)", run.log())
+    assert attempts == [("0", "0"), ("0", "1"), ("1", "0")], attempts
+    assert re.search(r"recover: chunk 0 goes on at iteration \d+", run.log()), run.log()
+    assert not (run.work / "stage.json").exists()
+    # The parts put together are the whole.
+    done = cli("recover", run.calm / "long.yaml", "--out", run.folder / "run", "--store", run.store, "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    same_bytes(run)
+
+
+def test_a_job_that_keeps_dying_is_given_up_with_the_reason(jobs):
+    run = jobs(
+        "observer", **TWO, retries=1, env={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LTDD_FAULT": "replace:step-:1:KILL:me", "PYTHONPATH": "tests/faults:$PYTHONPATH"}
+    )
+    run.submit()
+    end = run.ended()
+    assert end.state == "FAILED" and end.restarts == 1, (end, run.log())
+    assert run.ends().count("exit code 137") == 2
+
+
+def test_an_error_of_the_user_is_not_tried_again(jobs):
+    run = jobs("observer", **TWO)
+    run.submit()
+    config = run.made.points[0].path
+    config.write_text(config.read_text().replace("epochs: 18", "epochs: -1"))
+    end = run.ended()
+    assert end.state == "FAILED" and end.restarts == 0, (end, run.log())
+    assert "error: observer.epochs: must be at least 1, got -1" in run.log()
+
+
+def test_code_that_changed_since_submission_is_refused(jobs):
+    run = jobs("observer", **TWO)
+    run.submit()
+    (code,) = (run.folder / "run/jobs/code").iterdir()
+    with open(code / "ltdd_scale/recover.py", "a") as f:
+        f.write("# edited\n")
+    assert run.ended().state == "FAILED" and "has changed since this job was submitted" in run.log(), run.log()
+
+
+def test_the_queue_is_read_in_one_call(nodes):
+    number = subprocess.run(["sbatch", "--parsable", "-a", "0-2", "-o", "/dev/null", "--wrap", "sleep 30"], capture_output=True, text=True, check=True).stdout.strip()
+    mine = {i: s for i, s in slurm.states().items() if i.startswith(number)}
+    assert set(mine) == {f"{number}_{k}" for k in range(3)} and all(s.state in ("PENDING", "RUNNING") for s in mine.values())
+    slurm.cancel([number])
+    until(lambda: all(s.state == "CANCELLED" for i, s in slurm.states().items() if i.startswith(number)), 20, "not cancelled")

@@ -1,0 +1,149 @@
+"""A real SLURM of two virtual nodes for these tests; where its packages are not installed the tests are skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, cli
+
+from ltdd_scale import config as configuration
+from ltdd_scale import session
+from ltdd_scale.launch import campaign, profile, slurm
+
+TESTBED = ROOT / "slurm" / "testbed"
+
+# The experts train for some seconds, with a checkpoint every second: long enough to be disturbed.
+LONG = """
+data: {source: digits, resolution: 8, mirror: false, max_per_class: 64, imbalance_factor: 4, test_per_class: 10, val_per_class: 5}
+ipc: 4
+observer: {net: convnet3, norm: batch, width: 8, epochs: 18, batch_size: 16, crop_padding: 1}
+teacher: {net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
+calibrate: {batch_size: 16}
+initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
+recover: {batch_size: 20, chunk_classes: 5, iterations: 700}
+relabel: {labels: single}
+evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
+runtime: {checkpoint_seconds: 1, device: cpu}
+"""
+
+
+@pytest.fixture(scope="session")
+def testbed():
+    """The folder of a cluster that runs; SLURM_CONF points to it."""
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+        pytest.skip("SLURM is not installed: 'slurm/testbed install' (as root, Debian or Ubuntu) does it")
+    if shutil.which("sbatch") is None:
+        pytest.skip("sbatch is not found")
+    folder = Path(tempfile.mkdtemp(prefix="ltdd-slurm-"))
+    folder.chmod(0o755)  # munge wants its socket reachable for all
+    env = {**os.environ, "LTDD_TESTBED": str(folder)}
+    done = subprocess.run([TESTBED, "up"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    before, os.environ["SLURM_CONF"] = os.environ.get("SLURM_CONF"), str(folder / "slurm.conf")
+    os.environ["LTDD_TESTBED"] = str(folder)
+    yield folder
+    subprocess.run([TESTBED, "wipe"], env=env, capture_output=True, timeout=120)
+    del os.environ["LTDD_TESTBED"], os.environ["SLURM_CONF"]
+    if before:
+        os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def nodes(testbed):
+    """An empty cluster with all nodes up, before and after."""
+    subprocess.run([TESTBED, "up"], capture_output=True, timeout=120, check=True)
+    yield testbed
+    subprocess.run("scancel -u $(id -un); true", shell=True)
+    until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout.strip(), 60, "the queue is not empty")
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory) -> Path:
+    """A folder with long.yaml and, in its store, what the undisturbed stages up to recovery make on two ranks for the observer, one for the others."""
+    folder = tmp_path_factory.mktemp("calm")
+    (folder / "long.yaml").write_text(LONG)
+    for stage, ranks in ((["shard"], 1), (["train", "observer"], 2), (["train", "teacher"], 1), (["initialize"], 1), (["recover"], 1)):
+        done = cli(*stage, folder / "long.yaml", "--out", folder / "run", "--store", folder / "store", "--nproc", ranks)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def until(condition, seconds: float, what: str):
+    """`condition`'s first true value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s: {what}"
+        time.sleep(0.1)
+    return value
+
+
+class Jobs:
+    """Some jobs of a run of `long.yaml` on the cluster; everything before `stage` is taken from the calm run."""
+
+    def __init__(self, calm: Path, folder: Path, stage: str, settings: dict):
+        self.calm, self.folder, self.store, self.stage = calm, folder, folder / "store", stage
+        shutil.copytree(calm / "store", self.store)
+        values = {"partition": "main", "cpus_per_task": 1, "mem_gb": 0.5, "minutes": 10, "signal_delay_s": 30, "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}}
+        path = folder / "profile.yaml"
+        path.write_text(configuration.yaml.safe_dump({**values, **settings}))
+        self.profile = profile.load(path)
+        config = configuration.load(calm / "long.yaml")
+        self.made = campaign.make("long", folder / "run" / "jobs", self.store, {"": (config, folder / "run")}, self.profile)
+        (self.job,) = [j for j in self.made.jobs if j.name == stage]
+        self.made.jobs = [self.job]
+        shutil.rmtree(self.work)
+        session.Session(config, folder / "run", self.store, []).enter()
+
+    @property
+    def work(self) -> Path:
+        return self.store / self.job.nodes[0]
+
+    def submit(self) -> str:
+        assert campaign.submit(self.made, self.profile, 0, lambda text: None) == 1
+        return self.made.ids[self.stage]
+
+    def checkpoint(self, seconds: float = 120) -> Path:
+        """Wait for the first checkpoint, and let another step pass."""
+        found = until(lambda: next(self.work.glob("*/step-*.pt"), None) or self.state().state in slurm.OVER, seconds, f"no checkpoint in {self.work}")
+        assert found is not True, self.log()
+        time.sleep(0.3)
+        return found
+
+    def state(self) -> slurm.State:
+        states = {i: s for i, s in slurm.states().items() if i.split("_")[0] == self.made.ids[self.stage]}
+        return max(states.values(), key=lambda s: (s.state not in slurm.OVER, s.restarts))
+
+    def ended(self, seconds: float = 180) -> slurm.State:
+        until(lambda: self.state().state in slurm.OVER, seconds, f"the job is not over: {self.state()}\n{self.log()}")
+        return self.state()
+
+    def log(self) -> str:
+        return "".join(f"--- {p.name}\n{p.read_text()}" for p in sorted((self.folder / "run" / "jobs" / "logs").glob("*_log.err")))
+
+    def ends(self) -> str:
+        return "".join(p.read_text() for p in (self.folder / "run" / "jobs" / "ends").glob("*"))
+
+    def processes(self, wanted) -> list[int]:
+        """Of this job those that `wanted(environment, command line)` picks."""
+        found, number = [], self.made.ids[self.stage]
+        for proc in Path("/proc").glob("[0-9]*"):
+            try:
+                env = dict(v.split("=", 1) for v in (proc / "environ").read_text().split("\0") if "=" in v)
+                command = (proc / "cmdline").read_text().replace("\0", " ").strip()
+            except OSError:
+                continue
+            mine = env.get("SLURM_JOB_ID") == number or command.startswith(f"slurmstepd: [{number}.")
+            if mine and wanted(env, command):
+                found.append(int(proc.name))
+        return found
+
+
+@pytest.fixture
+def jobs(nodes, calm, tmp_path):
+    return lambda stage, **settings: Jobs(calm, tmp_path, stage, settings)
