@@ -87,9 +87,21 @@ def _state(campaign: Campaign, job: Job, known: dict[str, slurm.State]) -> tuple
     return "failed", restarts, error or ", ".join(counts)
 
 
+def _queue(campaign: Campaign) -> tuple[dict[str, slurm.State], str]:
+    """SLURM's queue, where jobs are in it and SLURM answers; else why not."""
+    if not campaign.ids:
+        return {}, ""
+    if shutil.which("squeue") is None:
+        return {}, "there is no squeue here"
+    try:
+        return slurm.states(), ""
+    except UserError as error:
+        return {}, str(error).splitlines()[0]
+
+
 def table(campaign: Campaign) -> tuple[str, Counter]:
     """The table, and how many jobs are in which state."""
-    known = slurm.states() if shutil.which("squeue") and campaign.ids else {}
+    known, silent = _queue(campaign)
     rows, counts = [["job", "id", "state", "progress", "restarts", "note"]], Counter()
     for job in campaign.jobs:
         state, restarts, note = _state(campaign, job, known)
@@ -102,6 +114,7 @@ def table(campaign: Campaign) -> tuple[str, Counter]:
                 progress += f" and {len(shown) - 1} more"
         rows.append([job.name, campaign.ids.get(job.name, ""), state, progress, str(restarts or ""), note])
     text = markdown(rows)
+    text += f"\n{silent}: what is not done may be running" if silent else ""
     text += "".join(f"\npoint {name} is refused: {why}" for name, why in campaign.refused.items())
     return text, counts
 
@@ -153,7 +166,7 @@ def cancel(folder: Path) -> int:
 def logs(folder: Path, wanted: str, lines: int) -> int:
     """Print the ends of logs: of the job or point `wanted`, or of those that failed."""
     campaign = load(folder)
-    known = slurm.states() if shutil.which("squeue") else {}
+    known, _ = _queue(campaign)
     chosen = [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)] if wanted else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone")]
     if wanted in campaign.refused:
         print(f"{wanted} was not submitted: {campaign.refused[wanted]}")

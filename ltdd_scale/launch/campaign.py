@@ -39,7 +39,11 @@ class Campaign:
         return {p.name: p.config for p in self.points}
 
     def done(self, job: Job) -> bool:
-        return is_done(job, self.store, self.configs)
+        """Whether the disk has what the job makes: the summary, a table that is not older than any point's results."""
+        if not _is_summary(job):
+            return is_done(job, self.store, self.configs)
+        table, results = self.folder.parent / "sweep.md", [p.out / "results.json" for p in self.points]
+        return table.exists() and all(r.stat().st_mtime <= table.stat().st_mtime for r in results if r.exists())
 
     def save(self) -> None:
         record = {
@@ -105,8 +109,9 @@ def prepare(campaign: Campaign) -> Path:
 
 def missing(campaign: Campaign, alive: set[str]) -> list[Job]:
     """Jobs whose work is not on the disk and that no submitted job is about to do."""
-    left = [j for j in campaign.jobs if not campaign.done(j) and campaign.ids.get(j.name) not in alive]
-    return left if any(not _is_summary(j) for j in left) else []
+    left = [j for j in campaign.jobs if not _is_summary(j) and not campaign.done(j) and campaign.ids.get(j.name) not in alive]
+    # A sweep's table is written again after whatever is done again.
+    return left and left + [j for j in campaign.jobs if _is_summary(j) and campaign.ids.get(j.name) not in alive]
 
 
 def _is_summary(job: Job) -> bool:
