@@ -26,7 +26,7 @@ observer: {net: convnet3, norm: batch, width: 8, epochs: 18, batch_size: 16, cro
 teacher: {net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
-recover: {batch_size: 20, chunk_classes: 5, iterations: 700}
+recover: {batch_size: 20, chunk_classes: 5, iterations: 3000}
 relabel: {labels: single}
 evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
 runtime: {checkpoint_seconds: 1, device: cpu}
@@ -86,14 +86,14 @@ def until(condition, seconds: float, what: str):
 class Jobs:
     """Some jobs of a run of `long.yaml` on the cluster; everything before `stage` is taken from the calm run."""
 
-    def __init__(self, calm: Path, folder: Path, stage: str, settings: dict):
+    def __init__(self, calm: Path, folder: Path, stage: str, settings: dict, sets: tuple[str, ...] = ()):
         self.calm, self.folder, self.store, self.stage = calm, folder, folder / "store", stage
         shutil.copytree(calm / "store", self.store)
         values = {"partition": "main", "cpus_per_task": 1, "mem_gb": 0.5, "minutes": 10, "signal_delay_s": 30, "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}}
         path = folder / "profile.yaml"
         path.write_text(configuration.yaml.safe_dump({**values, **settings}))
         self.profile = profile.load(path)
-        config = configuration.load(calm / "long.yaml")
+        config = configuration.load(calm / "long.yaml", sets)
         self.made = campaign.make("long", folder / "run" / "jobs", self.store, {"": (config, folder / "run")}, self.profile)
         (self.job,) = [j for j in self.made.jobs if j.name == stage]
         self.made.jobs = [self.job]
@@ -146,4 +146,4 @@ class Jobs:
 
 @pytest.fixture
 def jobs(nodes, calm, tmp_path):
-    return lambda stage, **settings: Jobs(calm, tmp_path, stage, settings)
+    return lambda stage, *sets, **settings: Jobs(calm, tmp_path, stage, settings, sets)

@@ -38,8 +38,9 @@ exit $code
 def parameters(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> dict[str, Any]:
     """submitit's parameters for a job that runs the package in `code`."""
     wants = profile.of(job.stage)
-    env = {"PYTHONPATH": f"{code}${{PYTHONPATH:+:$PYTHONPATH}}", **profile.env}
-    setup = [*profile.setup, *(f'export {k}="{v}"' for k, v in env.items()), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
+    env = [f'export {k}="{v}"' for k, v in profile.env.items()]
+    # The snapshot of the code comes before all else; safe path, or else a checkout in the current folder would come first.
+    env += [f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}${{PYTHONPATH:+:$PYTHONPATH}}"', "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
     teardown = (_TEARDOWN % {"ends": shlex.quote(str(folder / "ends")), "retries": profile.retries}).strip().splitlines()
     out = {
         "job_name": lane or job.name,
@@ -58,7 +59,7 @@ def parameters(job: Job, profile: Profile, folder: Path, code: Path, dependency:
         "dependency": dependency,
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
-        "setup": setup,
+        "setup": [*profile.setup, *env],
         "teardown": teardown,
         # Without it a job in which one task has died waits for the others until its limit, and holds its GPUs.
         "srun_args": ["--kill-on-bad-exit=1", *profile.srun_args],

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_four_ranks_on_two_nodes_make_what_four_ranks_on_one_machine_make(nodes,
     assert ours[name] == theirs[name]
     nodelist = sorted(set(re.findall(r"on (node\d)", "".join(p.read_text() for p in (tmp_path / "there/jobs/logs").glob(f"{number}_0_log.err")))))
     assert nodelist == ["node1"]  # rank 0's
+
+
+def test_plain_srun_is_enough(nodes, tmp_path, tiny):
+    """The tasks of a step find each other by themselves: no launcher of ours, no port to choose."""
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ltdd_scale", "train", "observer", str(tiny), "--out", str(tmp_path / "there"), "--store", str(tmp_path / "store2"), "--quiet"]
+    there = subprocess.run(["srun", "-N2", "-n2", "--mem=500M", *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert there.returncode == 0, there.stderr
+    here = cli("train", "observer", tiny, "--out", tmp_path / "here", "--store", tmp_path / "store1", "--nproc", 2)
+    assert here.returncode == 0, here.stderr
+    assert digests(tmp_path / "store1") == digests(tmp_path / "store2")
 
 
 def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
