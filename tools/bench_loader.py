@@ -21,6 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all candidates, as `ltdd-scale` sets it: torch reads it when it is imported
 import torch
 
 from ltdd_scale.config import Config, Data, Expert

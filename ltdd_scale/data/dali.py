@@ -1,8 +1,8 @@
 """Sets too large for memory, decoded by NVIDIA DALI: the same plans, windows and order as every other backend.
 
-DALI reads, decodes, cuts and resizes; what it is to cut comes from the plan through `external_source`. So the loader has no state to save, resumes by
+DALI reads, decodes and cuts; what it is to cut comes from the plan through `external_source`. So the loader has no state to save, resumes by
 being given the rest of the plans, and gives the same global order on any number of ranks. One definition serves CPUs and GPUs (``mixed`` decoding).
-The two decoders need not give the same bits.
+On a GPU DALI resizes too; on a CPU torch does, whose resizing of bytes takes a quarter of the time. The two need not give the same bits.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import importlib.util
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ltdd_scale.data import augment
 from ltdd_scale.data.augment import ViewSpec
@@ -28,6 +30,24 @@ DEPTH = 2  # batches decoded ahead
 
 def is_installed() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+class _Resizer:
+    """Decoded images of any size, uint8 [h, w, 3], to float [n, 3, R, R] in [0, 1], on `threads` threads: torch lets go of the interpreter's lock."""
+
+    def __init__(self, side: int, threads: int):
+        self.side, self.threads, self.pool = side, threads, ThreadPoolExecutor(threads, "resize")
+
+    def __call__(self, decoded: list[torch.Tensor], mirrored: np.ndarray) -> torch.Tensor:
+        out = torch.empty(len(decoded), 3, self.side, self.side)
+
+        def some(first: int) -> None:
+            for k in range(first, len(decoded), self.threads):
+                small = F.interpolate(decoded[k].permute(2, 0, 1)[None], (self.side, self.side), mode="bilinear", antialias=True)[0]
+                out[k].copy_(small.flip(-1) if mirrored[k] else small).mul_(1 / 255)
+
+        list(self.pool.map(some, range(self.threads)))
+        return out
 
 
 class _Pipeline:
@@ -54,18 +74,22 @@ class _Pipeline:
                 output_type=types.RGB,
                 adjust_orientation=False,  # pixels as they are stored, which is what Pillow and torchvision show
             )
-            images = fn.resize(images, size=[resolution, resolution], interp_type=types.INTERP_LINEAR, antialias=True)
-            self.pipe.set_outputs(fn.crop_mirror_normalize(images, mirror=mirror, mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW"))
+            if gpu:
+                images = fn.resize(images, size=[resolution, resolution], interp_type=types.INTERP_LINEAR, antialias=True)
+                images = fn.crop_mirror_normalize(images, mirror=mirror, mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW")
+            self.pipe.set_outputs(images, mirror)
         self.pipe.build()
 
-    def run(self, stream: Any) -> torch.Tensor | None:
+    def run(self, stream: Any, resizer: _Resizer | None) -> torch.Tensor | None:
         """The next batch, float [n, 3, R, R] in [0, 1], or None at the end of the feed. The tensor owns its memory."""
         try:
-            (images,) = self.pipe.run(stream)
+            images, mirrored = self.pipe.run(stream)
         except StopIteration:
             self.pipe.reset()
             return None
-        return torch.from_dlpack(images.as_tensor())
+        if resizer is None:
+            return torch.from_dlpack(images.as_tensor())
+        return resizer([torch.from_dlpack(image) for image in images], np.asarray(mirrored.as_tensor()))
 
 
 class DaliImages:
@@ -75,6 +99,7 @@ class DaliImages:
         self.split, self.resolution, self.device, self.threads = split, resolution, device, max(threads, 1)
         self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
         self._idle: list[_Pipeline] = []
+        self._resizer = None if device.type == "cuda" else _Resizer(resolution, self.threads)
 
     def _pipeline(self, batch_size: int) -> _Pipeline:
         for k, found in enumerate(self._idle):
@@ -95,7 +120,7 @@ class DaliImages:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         parts = []
         try:
-            while (images := pipeline.run(stream)) is not None:
+            while (images := pipeline.run(stream, self._resizer)) is not None:
                 (_, views), _, ends = under_way.popleft()
                 if views is not None and whole:
                     images = augment.apply(images, views, spec)
@@ -110,7 +135,7 @@ class DaliImages:
         except GeneratorExit:  # the reader has had enough: what is under way is thrown away
             pipeline.feed = iter(())
             with suppress(RuntimeError):
-                while pipeline.run(stream) is not None:
+                while pipeline.run(stream, self._resizer) is not None:
                     pass
                 self._idle.append(pipeline)
             raise
@@ -138,7 +163,7 @@ class DaliImages:
                 box = augment.centre_boxes(self.sizes[[i]])
                 alone.feed = iter([([self.split.view(int(i))], box[:, :2].copy(), box[:, 2:].copy(), np.zeros(1, np.int32))])
                 try:
-                    alone.run(None)
+                    alone.run(None, self._resizer)
                 except RuntimeError as reason:
                     detail = next((line.strip() for line in str(reason).splitlines() if "rror" not in line and line.strip()), "it does not decode")
                     return self.split.undecodable(int(i), ValueError(f"DALI: {detail}"))

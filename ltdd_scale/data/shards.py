@@ -17,7 +17,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
@@ -32,6 +32,9 @@ from ltdd_scale.runtime.progress import Progress
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand each in its own way: it is rewritten as RGB in a PNG.
 KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 
+VALUES = np.arange(256)
+SAMPLED = 128  # the mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at least so many remains
+
 
 def square(image: Image.Image, side: int) -> Image.Image:
     """Short side to `side`, then the centre square."""
@@ -42,9 +45,10 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short), reducing_gap=3.0)
 
 
-def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, str, Image.Image]:
-    """Bytes to store, their extension, and the whole decoded RGB image. Raises with the reason where it does not decode.
+def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, str, tuple[int, int], Image.Image]:
+    """Bytes to store, their extension, the stored image's width and height, and the decoded RGB image. Raises with the reason where it does not decode.
 
+    Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are then shown at half their size, which takes half the time.
     With a `store_resolution` the centre square of that side is stored, as JPEG of `quality`, or as PNG where that is 0.
     An EXIF orientation is left as it is: no decoder here turns images, as torchvision does not.
     """
@@ -53,53 +57,63 @@ def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content))
+        size, ext = image.size, KEPT.get((image.format or "", image.mode))
+        if ext and not store_resolution and min(size) >= 2 * SAMPLED:
+            image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
         image.load()
-    ext, rgb = KEPT.get((image.format or "", image.mode)), image if image.mode == "RGB" else image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     if store_resolution:
         rgb, ext = square(rgb, store_resolution), None
     if ext is None:
         buffer, as_jpeg = io.BytesIO(), bool(store_resolution and quality)
         rgb.save(buffer, "JPEG", quality=quality) if as_jpeg else rgb.save(buffer, "PNG")
-        content, ext = buffer.getvalue(), "jpg" if as_jpeg else "png"
-    return content, ext, rgb
+        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", rgb.size
+    return content, ext, size, rgb
 
-
-VALUES = np.arange(256)
-SAMPLED = 128  # the mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at least so many remains
 
 # The split that worker processes read from; inherited by fork, since readers are closures over files or arrays.
 _SPLIT: Split | None = None
 
 
+class _Hashing:
+    """A file that hashes what is written to it: no second pass over a tar."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.size += len(content)
+        return self.file.write(content)
+
+
 def _write_shard(path: str, first: int, last: int, store_resolution: int, quality: int) -> dict[str, Any]:
     """Write images first … last−1 of the split as one tar with its index; return the rows that describe them."""
     assert _SPLIT is not None
-    buffer = io.BytesIO()
     rows, bad, index = [], [], []
     sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
-    writer = webdataset.TarWriter(buffer, mtime=0, encoder=False)
-    for i in range(first, last):
-        name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
-        try:
-            content, ext, rgb = _admit(_SPLIT.read(i), store_resolution, quality)
-        except Exception as error:
-            bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
-            continue
-        members = {"cls": b"%05d" % label, ext: content}
-        index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
-        writer.write({"__key__": f"{i:08d}", **members})
-        rows.append([i, label, *rgb.size])
-        # Integer sums: the mean and deviation do not depend on how the work was shared out.
-        step = max(min(rgb.size) // SAMPLED, 1)
-        if step > 1:
-            rgb = rgb.resize((rgb.width // step, rgb.height // step), Image.Resampling.NEAREST, box=(0, 0, rgb.width // step * step, rgb.height // step * step))
-        counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
-        sums, squares, pixels = sums + counts @ VALUES, squares + counts @ VALUES**2, pixels + rgb.width * rgb.height
-    writer.close()
-    content = buffer.getvalue()
-    text = "\n".join([f"v1.2 {len(index)}", *index, ""])
-    files.write_text(Path(path).with_suffix(".idx"), text)
-    files.write_bytes(path, content)
+    with files.replacing(path) as f:
+        tar = _Hashing(f)
+        writer = webdataset.TarWriter(tar, mtime=0, encoder=False)
+        for i in range(first, last):
+            name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
+            try:
+                content, ext, size, rgb = _admit(_SPLIT.read(i), store_resolution, quality)
+            except Exception as error:
+                bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
+                continue
+            members = {"cls": b"%05d" % label, ext: content}
+            index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
+            writer.write({"__key__": f"{i:08d}", **members})
+            rows.append([i, label, *size])
+            # Integer sums: the mean and deviation do not depend on how the work was shared out.
+            step = max(min(rgb.size) // SAMPLED, 1)
+            if step > 1:
+                rgb = rgb.resize((rgb.width // step, rgb.height // step), Image.Resampling.NEAREST, box=(0, 0, rgb.width // step * step, rgb.height // step * step))
+            counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
+            sums, squares, pixels = sums + counts @ VALUES, squares + counts @ VALUES**2, pixels + rgb.width * rgb.height
+        writer.close()
+    files.write_text(Path(path).with_suffix(".idx"), "\n".join([f"v1.2 {len(index)}", *index, ""]))
     part = {
         "made": [first, last, store_resolution, quality],
         "rows": rows,
@@ -107,8 +121,8 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
         "sums": sums.tolist(),
         "squares": squares.tolist(),
         "pixels": pixels,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
+        "sha256": tar.digest.hexdigest(),
+        "bytes": tar.size,
     }
     files.write_json(f"{path}.part.json", part)
     return part
@@ -192,7 +206,7 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
     Raises `UserError` where quarantine leaves a class without images.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)) + 1, 16)  # one decodes while another waits for the disk; each holds a whole tar in memory
+    workers = workers or min(len(os.sched_getaffinity(0)) + 1, 16)  # one decodes while another waits for the disk
     splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
     stored = {"side": store_resolution, "jpeg_quality": quality} if store_resolution else "original bytes"
     manifest: dict[str, Any] = {"format": 1, "name": name, "stored": stored, "classes": source.classes, "notes": source.notes, "splits": {}}

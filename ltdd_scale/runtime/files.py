@@ -6,9 +6,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ltdd_scale.errors import UserError
 
@@ -16,13 +17,14 @@ from ltdd_scale.errors import UserError
 guard: Callable[[], None] = lambda: None  # noqa: E731
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never a torn one."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` when all went well: a crash leaves the old file or the new one, never a torn one."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # not the process's number: two nodes may share a folder and have the same one
     try:
         with open(tmp, "wb") as f:
-            f.write(content)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         guard()
@@ -31,6 +33,15 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except OSError as error:
         tmp.unlink(missing_ok=True)
         raise explain(error, path) from error
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with replacing(path) as f:
+        f.write(content)
 
 
 def explain(error: OSError, path: Path) -> UserError:
