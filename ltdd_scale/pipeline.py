@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 from ltdd_scale import __version__, calibrate, evaluate, initialize, recover, relabel
 from ltdd_scale.config import Config
@@ -122,7 +122,13 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
         "seconds": round(seconds, 2),
         "ranks": ranks.world,
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.machine()} CPU",
-        "software": {"ltdd_scale": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "software": {
+            "ltdd_scale": __version__,
+            "torch": torch.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": {p.name: [p.stat().st_size, files.sha256(p)] for p in listed},
     }

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as tvf
 
 NUM_OPS = 14  # of RandAugment, as torchvision lists them
 
@@ -119,6 +118,8 @@ def crop_resize(images: torch.Tensor, windows: torch.Tensor, mirrored: torch.Ten
 
 def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torch.Tensor:
     """One RandAugment operation on float images in [0, 1], magnitudes as torchvision scales them."""
+    from torchvision.transforms.v2 import functional as tvf  # a second of every process's start: only where it is needed
+
     m, s = magnitude / 30, -1.0 if sign else 1.0
     size = images.shape[-1]
     affine = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}

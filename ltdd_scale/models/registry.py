@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from ltdd_scale.errors import UserError
@@ -88,6 +87,8 @@ def backbone(name: str, width: int, norm: str, resolution: int) -> nn.Module:
         return ConvNet(CONVNETS[name], width, norm, resolution)
     if name == "resnet32":
         return ResNet32()
+    import torchvision  # a second of every process's start: only where it is needed
+
     if name == "resnet18_cifar":
         net = torchvision.models.resnet18()
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
