@@ -109,7 +109,10 @@ class Task:
             if first:
                 requeue("saved")
             else:
-                time.sleep(120)  # an end of ours before rank 0 has spoken would count as the job's
+                # An end of ours before rank 0 has spoken would count as the job's. SIGTERM says that SLURM has heard it.
+                begin = time.monotonic()
+                while time.monotonic() - begin < 120 and not signals.save_wanted(begin):
+                    time.sleep(0.05)
         if code == 1 and first:
             files.write_text(folder / "ends" / f"{job_id()}.final", "the error is in the job's log\n")  # trying again would not help
         sys.stdout.flush()
