@@ -187,13 +187,26 @@ def _locate(root: Path, names: list[str], path: Path, wnids: list[str], labels: 
     return names
 
 
+def _list_path(data: Data, name: str) -> Path:
+    return Path(name) if Path(name).is_absolute() or Path(name).exists() else Path(data.path) / name
+
+
+def class_counts(data: Data) -> list[int]:
+    """Training images of each class, long tail drawn; of a list without looking for its files. Raises `UserError` as `open_source` does."""
+    if data.source == "list":
+        available = np.bincount(_read_list(_list_path(data, data.train_list), None)[1]).tolist()
+        return longtail.counts_for(data.profile, available, data.imbalance_factor, data.max_per_class, data.counts)
+    source = open_source(data)
+    return np.bincount(source.train.labels, minlength=len(source.classes)).tolist()
+
+
 def _lists(data: Data) -> Source:
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(f"data.path: no such folder: {root} (the root that list lines like train/n01440764/….JPEG start from)")
 
     def at(name: str) -> Path:
-        return Path(name) if Path(name).is_absolute() or Path(name).exists() else root / name
+        return _list_path(data, name)
 
     names, labels, blob = _read_list(at(data.train_list), None)
     num_classes = max(labels) + 1

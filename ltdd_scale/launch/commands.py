@@ -45,9 +45,11 @@ def _dry_run(made: campaign.Campaign, wants: profile.Profile, max_jobs: int) -> 
     for name, text in scripts.items():
         print(f"\n# ---- {name}\n{text.rstrip()}")
     unknown = sorted(p or made.name for p, c in costs.items() if c is None)
-    print(f"\nestimated: {_hours(spent * 3600)} in all, at an assumed {wants.tflops:g} TFLOP/s a GPU (tflops in the profile), decoding and waiting not counted")
+    if spent:
+        print(f"\nestimated: {_hours(spent * 3600)} in all, at an assumed {wants.tflops:g} TFLOP/s a GPU (tflops in the profile), decoding and waiting not counted")
+    unknown = sorted(p or made.name for p, c in costs.items() if c is None)
     if unknown:
-        print(f"not in it, as their images are not found here: {', '.join(unknown)}")
+        print(f"\nno estimate for {', '.join(unknown)}: the images or their list are not found here (data.path, data.train_list)")
     for name, why in made.refused.items():
         print(f"point {name} is refused: {why}")
     return 1 if made.refused else 0
@@ -94,13 +96,13 @@ def run_sweep(args) -> int:
     settings = [f"--set={s}" for s in args.set]
     last = Job("report", "summary", "", [["sweep", str(args.file.absolute()), "--out", str(out), "--store", str(store), "--report", *settings]], [], [])
     points = {name: (config, out / name) for name, config in configs.items()}
-    made = campaign.make(found.name, out / "jobs", store, points, wants, refused, last)
+    made = campaign.make(found.name, out / "jobs", store, points, wants, refused, last if args.cluster == "slurm" else None)
     if not args.report:
         for name, why in refused.items():
             print(f"point {name} is refused: {why}", flush=True)
         code = _start(made, args, args.max_jobs if args.max_jobs is not None else found.max_jobs, out)
-        if code is not None and not (args.cluster == "local" and not args.dry_run):
-            return code
+        if code is not None and (args.dry_run or args.cluster == "slurm" or code not in (0, 1)):
+            return code  # on a cluster the last job writes the report; here it is written now, unless we were stopped
     out.mkdir(parents=True, exist_ok=True)
     print(sweep.write_report(found, made, out))
     print(f"report            {out / 'sweep.md'}, {out / 'results.json'}; every point has its own page, {out}/<point>/report.html")

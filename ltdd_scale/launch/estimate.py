@@ -41,10 +41,9 @@ def class_counts(config: Config, store: Path) -> list[int] | None:
     from ltdd_scale.data import sources
 
     try:
-        source = sources.open_source(config.data)
+        return sources.class_counts(config.data)
     except UserError:
         return None
-    return [int(n) for n in torch.bincount(torch.from_numpy(source.train.labels), minlength=len(source.classes))]
 
 
 def flops(config: Config, store: Path) -> dict[str, float] | None:

@@ -121,7 +121,7 @@ def states() -> dict[str, State]:
     """The user's jobs that SLURM still knows, by id (123 or 123_4), in one call."""
     done = subprocess.run(["squeue", "--me", "-h", "-r", "-t", "all", "-O", "JobArrayID:32,State:20,RestartCnt:8,Reason:64"], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"squeue: {done.stderr.strip() or 'no answer'}")
+        raise UserError(f"SLURM does not answer: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
     out = {}
     for line in done.stdout.splitlines():
         job, state, restarts, reason = line[:32].strip(), line[32:52].strip(), line[52:60].strip(), line[60:].strip()
