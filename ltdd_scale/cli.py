@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what all ranks found out is said once: rank 0's end ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
+        code = error.code
     except signals.Preempted as request:
         if os.environ.get("RANK", "0") == "0" and "LTDD_RENDEZVOUS" not in os.environ:
             print(f"stopped by {request}; the same command goes on from here", file=sys.stderr, flush=True)

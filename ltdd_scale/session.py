@@ -13,7 +13,7 @@ import yaml
 from ltdd_scale import config as configuration
 from ltdd_scale import graph, report
 from ltdd_scale.config import Config
-from ltdd_scale.errors import UserError
+from ltdd_scale.errors import PeerLost, UserError
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import duration
 
@@ -77,7 +77,7 @@ class Session:
             for _ in range(300):
                 signals.check()
                 time.sleep(0.1)
-            raise UserError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
+            raise PeerLost(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
 
     def finish(self, reporting: bool) -> int:
         """Note what is done; write the report; say where things are."""

@@ -16,9 +16,10 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltdd_scale.errors import PeerLost
 from ltdd_scale.runtime import files, signals
 
-BROKEN = 70  # an error that is not the user's: another attempt may go well
+BROKEN = PeerLost.code  # an error that is not the user's: another attempt may go well
 LOOK = 1.0  # seconds between two looks at whether this attempt still counts
 
 
@@ -126,6 +127,8 @@ class Task:
         os.chdir(self.cwd)
         # One task is one rank: without this a job of one task would start as many as it sees cores.
         os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
+        for leaked in ("MASTER_ADDR", "MASTER_PORT", "LTDD_RENDEZVOUS"):  # of whoever submitted, as from inside another job
+            os.environ.pop(leaked, None)
         if first:
             attempt, node = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURMD_NODENAME", "")
             print(f"== job {job_id()}, attempt {attempt}, on {node}: ltdd-scale {' '.join(self.arguments)}", file=sys.stderr, flush=True)
