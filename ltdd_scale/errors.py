@@ -1,10 +1,13 @@
+"""The exceptions that people are meant to read."""
+
+
 class UserError(Exception):
-    """Something that the user can mend: the message says what, where and how."""
+    """Something the user can mend. The message is one line: what, where, and how to mend it."""
 
     code = 1  # of the process
 
 
 class PeerLost(UserError):
-    """Another rank is gone. Trying again may go well, as it may not with other errors of this kind."""
+    """Another rank is gone. Trying again may go well, which it does not with the other errors of this kind."""
 
     code = 70
