@@ -22,11 +22,11 @@ TESTBED = ROOT / "slurm" / "testbed"
 LONG = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 64, imbalance_factor: 4, test_per_class: 10, val_per_class: 5}
 ipc: 4
-observer: {net: convnet3, norm: batch, width: 8, epochs: 18, batch_size: 16, crop_padding: 1}
+observer: {net: convnet3, norm: batch, width: 8, epochs: 26, batch_size: 16, crop_padding: 1}
 teacher: {net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
-recover: {batch_size: 20, chunk_classes: 5, iterations: 3000}
+recover: {batch_size: 20, chunk_classes: 5, iterations: 2000}
 relabel: {labels: single}
 evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
 runtime: {checkpoint_seconds: 1, device: cpu}
@@ -108,10 +108,15 @@ class Jobs:
         assert campaign.submit(self.made, self.profile, 0, lambda text: None) == 1
         return self.made.ids[self.stage]
 
-    def checkpoint(self, seconds: float = 120) -> Path:
-        """Wait for the first checkpoint, and let another step pass."""
-        found = until(lambda: next(self.work.glob("*/step-*.pt"), None) or self.state().state in slurm.OVER, seconds, f"no checkpoint in {self.work}")
-        assert found is not True, self.log()
+    def checkpoint(self, seconds: float = 120, after: int = 0) -> int:
+        """Wait for a checkpoint of a step later than `after`, let another step pass, and return the step."""
+
+        def newer() -> int:
+            steps = [int(p.stem.split("-")[1]) for p in self.work.glob("*/step-*.pt")]
+            return max([s for s in steps if s > after], default=0) or (-1 if self.state().state in slurm.OVER else 0)
+
+        found = until(newer, seconds, f"no checkpoint after step {after} in {self.work}")
+        assert found > 0, self.log()
         time.sleep(0.3)
         return found
 

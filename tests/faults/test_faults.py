@@ -114,7 +114,7 @@ def test_hurt_at_chosen_moments(calm, tmp_path):
 def test_hurt_at_random(calm, tmp_path):
     """SIGKILL, SIGTERM, SIGUSR2, SIGSTOP and then SIGKILL, once or twice in a row, to one rank, all ranks or the launcher, at any time."""
     config, calm_folder = calm
-    wanted, chance, done, kinds = int(os.environ.get("LTDD_FAULTS", "8")), random.Random(os.environ.get("LTDD_FAULTS_SEED", "7")), 0, {}
+    wanted, chance, done, kinds = int(os.environ.get("LTDD_FAULTS", "4")), random.Random(os.environ.get("LTDD_FAULTS_SEED", "7")), 0, {}
     begin, runs, folder = time.monotonic(), 0, tmp_path / "0"
     folder.mkdir()
     while done < wanted:
