@@ -46,11 +46,13 @@ def _progress(lines: list[str]) -> str:
 
 
 def last_error(campaign: Campaign, job: Job) -> str:
-    """The last line of a job's logs that says what was wrong."""
-    for path in log_files(campaign, job):
-        for line in reversed(_tail(path)):
-            if re.match(r"(error: |slurmstepd: error|srun: error|\w*(Error|Exception)\b)", line):
-                return line.removeprefix("error: ")[:160]
+    """The last line of a job's logs that says what was wrong: our own word before SLURM's."""
+    tails = [_tail(path) for path in log_files(campaign, job)]
+    for pattern in (r"error: |\w+(Error|Exception)\b", r"(slurmstepd\S*|srun): error"):
+        for lines in tails:
+            for line in reversed(lines):
+                if re.match(pattern, line):
+                    return line.removeprefix("error: ")[:160]
     return ""
 
 

@@ -15,6 +15,7 @@ from ltdd_scale import config as configuration
 from ltdd_scale import report
 from ltdd_scale.config import Config
 from ltdd_scale.errors import UserError
+from ltdd_scale.launch import board
 from ltdd_scale.launch.campaign import Campaign
 from ltdd_scale.runtime import files
 
@@ -112,7 +113,8 @@ def write_report(sweep: Sweep, campaign: Campaign, out: Path) -> str:
         if name in campaign.refused:
             missing.append(f"- **{name}**: not run: {campaign.refused[name]}")
         elif folder is None or not (folder / "results.json").exists():
-            missing.append(f"- **{name}**: not finished; `ltdd-scale logs {campaign.folder.parent} {name}` says more")
+            reason = next((e for j in campaign.jobs if j.point == name and (e := board.last_error(campaign, j))), "")
+            missing.append(f"- **{name}**: not finished{': ' + reason if reason else ''}; `ltdd-scale logs {campaign.folder.parent} {name}` says more")
         else:
             cells = _distilled(files.read_json(folder / "results.json"))
             found[name] = {"settings": settings, **{k: {n: e.get(n) for n in ("top1", "top1_std", "class_std", "many", "medium", "few")} for k, e in cells.items()}}

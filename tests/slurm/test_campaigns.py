@@ -111,6 +111,7 @@ def test_a_sweep_with_preemptions_and_a_poisoned_point(nodes, tmp_path, tiny):
     assert waited.returncode == 1 and "nothing to submit" in waited.stdout, waited.stdout + waited.stderr
     found = json.loads((out / "results.json").read_text())
     assert len(found["points"]) == 7 and [m[:8] for m in found["missing"]] == ["- **bad*"], found["missing"]
+    assert "lower evaluate.lr" in found["missing"][0]
     # The failure is clear, stops what needs it and nothing else.
     table = cli("status", out).stdout
     (failed,) = [line for line in table.splitlines() if "| failed" in line]
