@@ -17,7 +17,7 @@ sys.exit(local.run_ranks(2, [], auto=False, max_restarts=1))
 CHILD = """
 import os, sys, time, signal
 what, rank = sys.argv[1], os.environ["RANK"]
-print("rank", rank, os.environ["WORLD_SIZE"], flush=True)
+os.write(1, f"rank {rank} {os.environ['WORLD_SIZE']}\\n".encode())  # in one piece: two ranks share the pipe
 if what == "sleep": time.sleep(60)
 if rank == "1" and what == "fail": sys.exit(3)
 if rank == "1" and what == "die": os.kill(os.getpid(), signal.SIGKILL)

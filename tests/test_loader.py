@@ -126,6 +126,17 @@ def test_dali_gives_tensors_that_stay(photographs):
 
 
 @needs_dali
+def test_dali_under_inference_mode(photographs):
+    """The mode is a thread's own, and images are resized in others."""
+    images, spec = dali.DaliImages(photographs, 32, CPU, 2), ViewSpec(32, (0.3, 1.0))
+    plan = [(np.arange(8), spec.draw(rng("inference"), photographs.sizes[:8]))]
+    (plain,) = images.stream(plan, spec)
+    with torch.inference_mode():
+        (same,) = images.stream(plan, spec)
+    assert torch.equal(plain, same)
+
+
+@needs_dali
 def test_dali_streams_may_be_left_nested_and_of_any_batch(photographs):
     images, spec = dali.DaliImages(photographs, 32, CPU, 2), ViewSpec(32, (0.3, 1.0))
     todo = plans(spec, photographs.sizes)

@@ -39,7 +39,8 @@ class _Resizer:
         self.side, self.threads, self.pool = side, threads, ThreadPoolExecutor(threads, "resize")
 
     def __call__(self, decoded: list[torch.Tensor], mirrored: np.ndarray) -> torch.Tensor:
-        out = torch.empty(len(decoded), 3, self.side, self.side)
+        with torch.inference_mode(False):  # the mode is the caller's thread's alone: ours could not write into a tensor made in it
+            out = torch.empty(len(decoded), 3, self.side, self.side)
 
         def some(first: int) -> None:
             for k in range(first, len(decoded), self.threads):

@@ -82,6 +82,8 @@ class _Hashing:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, content: bytes) -> int:
+        if self.file.closed:  # after an error tarfile writes its rest when it is thrown away
+            return len(content)
         self.digest.update(content)
         self.size += len(content)
         return self.file.write(content)
