@@ -110,8 +110,8 @@ def prepare(campaign: Campaign) -> Path:
 def missing(campaign: Campaign, alive: set[str]) -> list[Job]:
     """Jobs whose work is not on the disk and that no submitted job is about to do."""
     left = [j for j in campaign.jobs if not _is_summary(j) and not campaign.done(j) and campaign.ids.get(j.name) not in alive]
-    # A sweep's table is written again after whatever is done again.
-    return left and left + [j for j in campaign.jobs if _is_summary(j) and campaign.ids.get(j.name) not in alive]
+    # A sweep's table is written again after whatever is done again; the job that wrote the last one may still be leaving.
+    return left and left + [j for j in campaign.jobs if _is_summary(j) and (campaign.done(j) or campaign.ids.get(j.name) not in alive)]
 
 
 def _is_summary(job: Job) -> bool:
