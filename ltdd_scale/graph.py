@@ -132,6 +132,11 @@ def needed(nodes: dict[str, Node], targets: list[str], missing: set[str] | None 
     return [name for name in nodes if name in want]
 
 
+def goals(nodes: dict[str, Node], targets: list[str], part: tuple[int, int] | None) -> list[str]:
+    """The nodes that a command works towards: a part of "evaluate" is a share of the students, and no verdict over them."""
+    return [n for n, node in nodes.items() if node.stage == "student"] if part and targets == ["evaluate"] else targets
+
+
 def complete(folder: Path) -> dict[str, Any] | None:
     """The ``stage.json`` of a finished folder whose files all have the recorded sizes, or None."""
     record = folder / "stage.json"

@@ -22,7 +22,7 @@ from ltdd_scale.config import Config
 from ltdd_scale.data import sampling, shards, sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import train
-from ltdd_scale.graph import VERSIONS, Node, complete, damage, graph, needed, part_mark
+from ltdd_scale.graph import VERSIONS, Node, complete, damage, goals, graph, needed, part_mark
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import duration
@@ -183,9 +183,7 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
     """
     nodes = graph(config)
     share, shares = part or (0, 1)
-    everyone = [n for n in nodes.values() if n.stage == "student"]
-    if part and targets == ["evaluate"]:
-        targets = [n.name for n in everyone]
+    targets = goals(nodes, targets, part)
     names = needed(nodes, targets)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -213,7 +211,7 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
     if students:
         begin = time.monotonic()
         # A part's share is of all students, not of those left: parts that start at different times must agree on it.
-        several = [n.name for n in everyone] if part else students
+        several = targets if part else students
         efforts = _efforts([nodes[n] for n in several], nodes["shard"].folder(store), config.ipc)
         mine = [k for k in sampling.spread(efforts, shares * ranks.world)[share * ranks.world + ranks.rank] if several[k] in students]
         announce(f"{len(students)} students …" if not part else f"part {share} of {shares} of {len(several)} students …")

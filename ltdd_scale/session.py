@@ -55,8 +55,7 @@ class Session:
 
     def pending(self) -> bool:
         nodes = graph.graph(self.config)
-        targets = [n for n, node in nodes.items() if node.stage == "student"] if self.targets == ["evaluate"] and self.part else self.targets
-        return any(not graph.complete(nodes[t].folder(self.store)) for t in targets)
+        return any(not graph.complete(nodes[t].folder(self.store)) for t in graph.goals(nodes, self.targets, self.part))
 
     def work(self, auto_ranks: bool) -> None:
         """Do what is left, on as many ranks as the environment says."""

@@ -292,3 +292,29 @@ def test_a_record_keeps_ids_of_jobs_that_are_the_same(tmp_path):
     again = campaign.make("tiny", tmp_path / "jobs", tmp_path / "store", {"": (changed, tmp_path / "run")}, profile.Profile())
     assert set(again.ids) == {"shard", "observer", "teacher", "calibrate", "report"}
     assert files.read_json(tmp_path / "jobs" / "jobs.json")["ids"]["shard"] == "0" and json.loads((tmp_path / "jobs" / "jobs.json").read_text())["name"] == "tiny"
+
+
+HELPER = """
+import os, signal, sys, time
+from ltdd_scale.runtime import signals
+pid = os.fork()
+if pid == 0:
+    signals.helper()
+    os.write(1, b"ready")
+    time.sleep(60)
+    os._exit(0)
+os.read(0, 1)
+os.kill(pid, signal.SIGTERM)
+time.sleep(0.5)
+print("ended" if os.waitpid(pid, os.WNOHANG)[0] else f"lives {pid}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("in_job", [False, True])
+def test_helpers_survive_slurms_notice(in_job):
+    """SIGTERM ends a loader's worker, but in a job, where it is SLURM's notice to everyone; there it goes with its parent."""
+    env = {k: v for k, v in os.environ.items() if k != "SLURM_STEP_ID"} | ({"SLURM_STEP_ID": "0"} if in_job else {})
+    parent = subprocess.Popen([sys.executable, "-c", HELPER], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert os.read(parent.stdout.fileno(), 5) == b"ready"
+    out, _ = parent.communicate(b"x", timeout=30)  # ends when the helper, who holds the pipe too, is gone
+    assert out.decode().startswith("lives" if in_job else "ended")

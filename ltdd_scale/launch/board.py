@@ -156,8 +156,7 @@ def wait(folder: Path, seconds: float, say) -> int:
 
 def cancel(folder: Path) -> int:
     campaign = load(folder)
-    known = slurm.states()
-    live = {i.split("_")[0] for i, s in known.items() if s.state not in slurm.OVER}
+    live = slurm.alive(slurm.states())
     ids = [i for i in campaign.ids.values() if i in live]
     if ids:
         slurm.cancel(ids)

@@ -118,21 +118,24 @@ def _is_summary(job: Job) -> bool:
     return job.stage == "summary"
 
 
+def _order(campaign: Campaign, job: Job, number: int, max_jobs: int, waits: list[str]) -> tuple[str, str]:
+    """The lane and the dependency of the `number`-th job to be submitted, which waits for the ids `waits`."""
+    lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
+    return lane, slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
+
+
 def submit(campaign: Campaign, profile: Profile, max_jobs: int, say) -> int:
     """Submit what is missing, in order; return how many jobs. `max_jobs`: at most so many run at a time (an array counts as one); 0: any number."""
     slurm.need_slurm()
-    known = slurm.states()
-    alive = {i.split("_")[0] for i, s in known.items() if s.state not in slurm.OVER}
+    alive = slurm.alive(slurm.states())
     todo = missing(campaign, alive)
     if not todo:
         return 0
     code = prepare(campaign)
     for number, job in enumerate(todo):
-        lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
-        waits = [campaign.ids[n] for n in job.needs if campaign.ids.get(n) in alive]
+        lane, dependency = _order(campaign, job, number, max_jobs, [campaign.ids[n] for n in job.needs if campaign.ids.get(n) in alive])
         for note in (campaign.folder / "ends").glob(f"{campaign.ids.get(job.name, 'none')}*"):
             note.unlink()
-        dependency = slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
         campaign.ids[job.name] = slurm.submit(job, profile, campaign.folder, code, dependency, lane)
         alive.add(campaign.ids[job.name])
         campaign.save()  # after each: a submission that dies half-way is picked up where it was
@@ -179,8 +182,6 @@ def describe(campaign: Campaign, profile: Profile, max_jobs: int) -> dict[str, A
     names = {j.name for j in todo}
     out = {}
     for number, job in enumerate(todo):
-        lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
-        waits = [f"<{n}>" for n in job.needs if n in names]
-        dependency = slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
+        lane, dependency = _order(campaign, job, number, max_jobs, [f"<{n}>" for n in job.needs if n in names])
         out[job.name] = slurm.script(job, profile, campaign.folder, _code(campaign), dependency, lane)
     return out

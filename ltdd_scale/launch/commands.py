@@ -44,7 +44,6 @@ def _dry_run(made: campaign.Campaign, wants: profile.Profile, max_jobs: int) -> 
         print(f"{name}{many}{after}{hours}")
     for name, text in scripts.items():
         print(f"\n# ---- {name}\n{text.rstrip()}")
-    unknown = sorted(p or made.name for p, c in costs.items() if c is None)
     if spent:
         print(f"\nestimated: {_hours(spent * 3600)} in all, at an assumed {wants.tflops:g} TFLOP/s a GPU (tflops in the profile), decoding and waiting not counted")
     unknown = sorted(p or made.name for p, c in costs.items() if c is None)

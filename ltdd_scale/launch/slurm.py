@@ -129,5 +129,10 @@ def states() -> dict[str, State]:
     return out
 
 
+def alive(known: dict[str, State]) -> set[str]:
+    """Ids, of arrays as a whole, that SLURM runs or will run."""
+    return {i.split("_")[0] for i, s in known.items() if s.state not in OVER}
+
+
 def cancel(ids: list[str]) -> None:
     subprocess.run(["scancel", *ids], check=True)

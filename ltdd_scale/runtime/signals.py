@@ -48,7 +48,9 @@ def helper() -> None:
     """In a helper process: its parent answers signals, and ends it; it does not outlive its parent. Signals to the parent's group do not reach it."""
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is how its parent ends it
+    # SIGTERM is how its parent ends it; but where SLURM keeps track by cgroups its notice reaches every process of the job, whatever its group,
+    # and a loader whose worker died is an error. There a helper ends when it is told to through its queue, or with its parent.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "SLURM_STEP_ID" in os.environ else signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
