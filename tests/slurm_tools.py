@@ -18,15 +18,17 @@ from ltdd_scale.launch import campaign, profile, slurm
 
 TESTBED = ROOT / "slurm" / "testbed"
 
-# The experts train for some seconds, with a checkpoint every second: long enough to be disturbed.
+# Jobs of these tests look at their signals slowly (tests/faults/sitecustomize.py), so that they can be disturbed on the fastest of machines.
+DRAG = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "faults"), "LTDD_DRAG": "0.1"}
+# Some hundred steps, with a checkpoint every second.
 LONG = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 64, imbalance_factor: 4, test_per_class: 10, val_per_class: 5}
 ipc: 4
-observer: {net: convnet3, norm: batch, width: 8, epochs: 26, batch_size: 16, crop_padding: 1}
+observer: {net: convnet3, norm: batch, width: 8, epochs: 14, batch_size: 16, crop_padding: 1}
 teacher: {net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
-recover: {batch_size: 20, chunk_classes: 5, iterations: 2000}
+recover: {batch_size: 20, chunk_classes: 5, iterations: 150}
 relabel: {labels: single}
 evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
 runtime: {checkpoint_seconds: 1, device: cpu}
@@ -89,9 +91,9 @@ class Jobs:
     def __init__(self, calm: Path, folder: Path, stage: str, settings: dict, sets: tuple[str, ...] = ()):
         self.calm, self.folder, self.store, self.stage = calm, folder, folder / "store", stage
         shutil.copytree(calm / "store", self.store)
-        values = {"partition": "main", "cpus_per_task": 1, "mem_gb": 0.5, "minutes": 10, "signal_delay_s": 30, "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}}
+        values = {"partition": "main", "cpus_per_task": 1, "mem_gb": 0.5, "minutes": 10, "signal_delay_s": 30}
         path = folder / "profile.yaml"
-        path.write_text(configuration.yaml.safe_dump({**values, **settings}))
+        path.write_text(configuration.yaml.safe_dump({**values, **settings, "env": {**DRAG, **settings.get("env", {})}}))
         self.profile = profile.load(path)
         config = configuration.load(calm / "long.yaml", sets)
         self.made = campaign.make("long", folder / "run" / "jobs", self.store, {"": (config, folder / "run")}, self.profile)

@@ -3,13 +3,18 @@
 LTDD_FAULT = "EVENT:TEXT:N:SIGNAL:WHOM". EVENT: "replace" (before a rename: written, not yet in place), "fsync" (before a flush: the file is half there),
 "import" (as a module is imported). TEXT: part of the path or module, may be empty. N: the how-manieth time. SIGNAL: KILL, TERM, USR2, STOP. WHOM: "me" or "all".
 LTDD_FAULT_RANK = the rank that it happens to (processes without RANK where it is unset). LTDD_FAULT_MARK = file that records that it happened.
+
+LTDD_DRAG = seconds that each look at the flag of signals takes, which is once a step: work that must last long enough to be disturbed does so on any machine.
 """
 
+import importlib.util
 import os
 import signal
 import sys
+import time
 
 _FAULT, _MARK = os.environ.get("LTDD_FAULT"), os.environ.get("LTDD_FAULT_MARK", "")
+_DRAG = float(os.environ.get("LTDD_DRAG", "0"))
 
 
 def _arm() -> None:
@@ -45,3 +50,26 @@ def _arm() -> None:
 
 if _FAULT and os.environ.get("RANK") == os.environ.get("LTDD_FAULT_RANK"):
     _arm()
+
+
+class _Slow:
+    """Finds `ltdd_scale.runtime.signals` as it is, and makes its `requested` slow."""
+
+    def find_spec(self, module, path=None, target=None):
+        if module != "ltdd_scale.runtime.signals":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(module)
+        execute = spec.loader.exec_module
+
+        def slowly(made):
+            execute(made)
+            asked = made.requested
+            made.requested = lambda: time.sleep(_DRAG) or asked()
+
+        spec.loader.exec_module = slowly
+        return spec
+
+
+if _DRAG:
+    sys.meta_path.insert(0, _Slow())

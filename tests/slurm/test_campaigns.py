@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, cli, digests
-from slurm_tools import until
+from slurm_tools import DRAG, until
 
 from ltdd_scale.launch import slurm
 
@@ -23,13 +23,13 @@ cpus_per_task: 1
 mem_gb: 0.5
 minutes: 10
 signal_delay_s: 30
-env: {GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: "1"}
+env: {more}
 """
 
 
-def profile(folder: Path, more: str = "") -> Path:
+def profile(folder: Path, more: str = "", **env: str) -> Path:
     path = folder / "profile.yaml"
-    path.write_text(PROFILE + more)
+    path.write_text(PROFILE.format(more=json.dumps({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **env})) + more)
     return path
 
 
@@ -87,7 +87,7 @@ def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
 
 SWEEP = """
 config: tiny.yaml
-set: {{evaluate.random: false, observer.epochs: 40, relabel.labels: single, runtime.checkpoint_seconds: 1}}
+set: {{evaluate.random: false, observer.epochs: 20, relabel.labels: single, runtime.checkpoint_seconds: 1}}
 max_jobs: 4
 points:
 {points}
@@ -101,7 +101,7 @@ def test_a_sweep_with_preemptions_and_a_poisoned_point(nodes, tmp_path, tiny):
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(points="\n".join(lines)))
     (tmp_path / "tiny.yaml").write_text(TINY)
     out = tmp_path / "sweep"
-    command = ["sweep", tmp_path / "sweep.yaml", "--out", out, "--store", tmp_path / "store", "--cluster", "slurm", "--profile", profile(tmp_path)]
+    command = ["sweep", tmp_path / "sweep.yaml", "--out", out, "--store", tmp_path / "store", "--cluster", "slurm", "--profile", profile(tmp_path, **DRAG)]
     begun = cli(*command)
     assert begun.returncode == 0 and "jobs submitted" in begun.stdout, begun.stdout + begun.stderr
     until(lambda: list((tmp_path / "store").glob("experts/*/checkpoints/step-*.pt")), 120, "nobody trains")
