@@ -101,7 +101,7 @@ def test_a_sweep_with_preemptions_and_a_poisoned_point(nodes, tmp_path, tiny):
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(points="\n".join(lines)))
     (tmp_path / "tiny.yaml").write_text(TINY)
     out = tmp_path / "sweep"
-    command = ["sweep", tmp_path / "sweep.yaml", "--out", out, "--store", tmp_path / "store", "--cluster", "slurm", "--profile", profile(tmp_path, **DRAG)]
+    command = ["sweep", tmp_path / "sweep.yaml", "--out", out, "--store", tmp_path / "store", "--cluster", "slurm", "--profile", profile(tmp_path, **{**DRAG, "LTDD_DRAG": "0.05"})]
     begun = cli(*command)
     assert begun.returncode == 0 and "jobs submitted" in begun.stdout, begun.stdout + begun.stderr
     until(lambda: list((tmp_path / "store").glob("experts/*/checkpoints/step-*.pt")), 120, "nobody trains")
