@@ -1,8 +1,12 @@
 """Stage "calibrate": fair BatchNorm statistics (RLDD §Fair calibration).
 
-With parameters frozen, one pass over the long-tailed set gives per layer and class the count, sum and sum of squares of the layer's
+With parameters frozen, a pass over the long-tailed set gives per layer and class the count, sum and sum of squares of the layer's
 *input*, in float64. The dynamic momentum α_t^c = B_t^c / (N_{t−1}^c + B_t^c) of the paper, applied to x and x², is exactly sum / count,
 and that is what is computed. Every class then weighs the same in the layer's mean and variance.
+
+The observer is given these statistics layer after layer, each measured behind those before it: a pass a layer, which ends at that layer. Measured all at
+once they would describe a network that is not there any more, and every layer would make up again for what the layers before it make up for: in a deep
+network that grows from layer to layer, without bound.
 
 A unit of work is a run of whole classes, so each class's sums are added by one rank in one fixed order, and the all-reduce
 adds zeros: the same bytes on any number of ranks.
@@ -10,6 +14,7 @@ adds zeros: the same bytes on any number of ranks.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,17 +32,23 @@ from ltdd_scale.runtime import tensors
 from ltdd_scale.runtime.context import Context
 
 
+class _Reached(Exception):
+    """A forward pass has come to the layer it was made for."""
+
+
 class ClassMoments:
     """Per-class counts [K], sums and sums of squares [K, channels] of the inputs of `layers`, in float64.
 
     Use as a context manager around forward passes; set `labels` (int64 [n]) before each. Vectorised over the batch: one reduction
-    over positions a layer, then a product with the one-hot labels, whose order of addition is fixed on a GPU too.
+    over positions a layer, then a product with the one-hot labels, whose order of addition is fixed on a GPU too. With `stop` a forward pass by
+    `see` ends when every layer has had its input.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], num_classes: int, device: torch.device):
-        self.layers, self.num_classes, self.device = layers, num_classes, device
+    def __init__(self, layers: dict[str, nn.Module], num_classes: int, device: torch.device, stop: bool = False):
+        self.layers, self.num_classes, self.device, self.stop = layers, num_classes, device, stop
         self.moments: dict[str, Tensor] = {}  # [K, 1 + 2 · channels]: count, sums, sums of squares
         self._handles: list[Any] = []
+        self._seen = 0
 
     @property
     def labels(self) -> Tensor:
@@ -57,8 +68,16 @@ class ClassMoments:
             sums, squares = position_sums(x)
             positions = torch.full((len(x), 1), float(x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device)
             self.moments[name][self._classes] += self._onehot @ torch.cat([positions, sums, squares], 1)
+            self._seen += 1
+            if self.stop and self._seen == len(self.layers):
+                raise _Reached
 
         return collect
+
+    def see(self, model: nn.Module, x: Tensor) -> None:
+        self._seen = 0
+        with suppress(_Reached):
+            model(x)
 
     def __enter__(self) -> ClassMoments:
         self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
@@ -81,8 +100,10 @@ def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
     return [*units, np.asarray(current)] if current else units
 
 
-def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec) -> dict[str, Tensor]:
-    """One pass over `images`; the moments of every layer, complete on every rank."""
+def collect(
+    model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec, stop: bool = False
+) -> dict[str, Tensor]:
+    """One pass over `images`, with `stop` up to the last of `layers`; the moments of every layer, complete on every rank."""
     ranks, num_classes = context.ranks, len(images.counts)
     units = class_units(images.counts, settings.batch_size)
     mine = sampling.spread(np.asarray([images.counts[u].sum() for u in units]), ranks.world)[ranks.rank]
@@ -93,24 +114,35 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, s
         members = order[edges[units[u][0]] : edges[units[u][-1] + 1]]
         plans += [(members[i : i + settings.batch_size], None) for i in range(0, len(members), settings.batch_size)]
     progress = context.progress(title, len(plans), "batches")
-    with torch.inference_mode(), ClassMoments(layers, num_classes, ranks.device) as found:
+    with torch.inference_mode(), ClassMoments(layers, num_classes, ranks.device, stop) as found:
         # The layers' shapes are known after a forward pass; a rank without units must hold zeros of the same shapes.
         found.labels = torch.zeros(1, dtype=torch.int64, device=ranks.device)
         first = next(iter(images.stream([(order[:1], None)], spec)))
-        model(normalize(first))
+        found.see(model, normalize(first))
         for total in found.moments.values():
             total.zero_()
         for k, ((indices, _), x) in enumerate(zip(plans, images.stream(plans, spec), strict=True)):
             found.labels = torch.from_numpy(images.labels[indices]).to(ranks.device)
             with ranks.autocast():
-                model(normalize(x))
+                found.see(model, normalize(x))
             progress.update(k + 1)
         return {name: ranks.sum_(found.moments[name].contiguous()) for name in layers}
 
 
+def forward_order(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> list[str]:
+    """Names of `layers` in the order in which a forward pass comes to them."""
+    names: list[str] = []
+    handles = [layer.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, layer in layers.items()]
+    with torch.inference_mode():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(names))
+
+
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write ``statistics.pt`` (layer → moments, float64 [K, 1 + 2C]; or layer → mean and var without calibration) and ``observer.pt``."""
-    ranks, settings = context.ranks, config.calibrate
+    ranks, settings, size = context.ranks, config.calibrate, config.data.resolution
     saved = tensors.load(context.input("observer") / "weights.pt")
     model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     norms = registry.norm_layers(model)
@@ -119,25 +151,28 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         split = ShardSplit(context.input("shard"), "train")
         images = open_images(split, config, ranks.device)
         normalize = normalizer(split.mean, split.std, ranks.device)
-        layers = {**norms, **(registry.conv_layers(model) if settings.conv_inputs else {})}
-        for number in range(settings.passes):
-            title = "calibrate" if settings.passes == 1 else f"calibrate, pass {number + 1} of {settings.passes}"
-            moments = collect(model, layers, images, normalize, settings, context, title, ViewSpec(config.data.resolution))
-            moved = 0.0
-            for name, layer in norms.items():
+        convs = registry.conv_layers(model) if settings.conv_inputs else {}
+
+        def measure(layers: dict[str, nn.Module], title: str, stop: bool) -> dict[str, Tensor]:
+            return collect(model, layers, images, normalize, settings, context, title, ViewSpec(size), stop)
+
+        if settings.recalibrate:
+            moments: dict[str, Tensor] = {}
+            order = forward_order(model, norms, torch.zeros(1, 3, size, size, device=ranks.device))
+            for number, name in enumerate(order, 1):
+                moments.update(measure({name: norms[name]}, f"calibrate, layer {number} of {len(order)}", stop=True))
                 mean, var = fair_statistics(moments[name], settings.variance)
-                moved = max(moved, float(((mean - layer.running_mean).abs() / (layer.running_var + layer.eps).sqrt()).max()))
-                layer.running_mean.copy_(mean)
-                layer.running_var.copy_(var)
-        statistics["moments"] = {name: value.cpu() for name, value in moments.items()}
+                norms[name].running_mean.copy_(mean)
+                norms[name].running_var.copy_(var)
+            if convs:
+                moments.update(measure(convs, "calibrate, convolutions", stop=False))
+        else:
+            moments = measure({**norms, **convs}, "calibrate", stop=False)
+        statistics["moments"] = {name: moments[name].cpu() for name in {**norms, **convs}}
     for name, layer in norms.items():
         statistics["running"][name] = (layer.running_mean.cpu(), layer.running_var.cpu())
     if ranks.first:
         tensors.save(context.out / "statistics.pt", statistics)
         weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
         tensors.save(context.out / "observer.pt", {"recipe": saved["recipe"], "model": weights})
-    facts: dict[str, Any] = {"layers": len(norms), "channels": sum(m.num_features for m in norms.values())}
-    if config.strategies.calibrate:
-        # Near 0 the statistics are those of the network that has them; else more passes would move them further.
-        facts["last pass moved a mean by (deviations)"] = round(moved, 4)
-    return facts
+    return {"layers": len(norms), "channels": sum(m.num_features for m in norms.values())}

@@ -102,7 +102,7 @@ class Calibrate:
 
     variance: str = option("mixture", "mixture: of the class-balanced population; within: mean of the class variances", choices=("mixture", "within"))
     conv_inputs: bool = option(False, "collect (and align) the inputs of convolutions too")
-    passes: int = option(3, "passes over the set; new buffers change what later layers see, so each later pass measures again behind them", low=1)
+    recalibrate: bool = option(True, "give the observer the fair statistics, layer after layer (a pass over the set for each, up to it); false: one pass, it keeps its own")
     batch_size: int = option(128, "images a forward pass", low=1)
 
 

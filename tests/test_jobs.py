@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -290,8 +292,42 @@ def test_a_record_keeps_ids_of_jobs_that_are_the_same(tmp_path):
     made.save()
     changed = dataclasses.replace(config, ipc=2)
     again = campaign.make("tiny", tmp_path / "jobs", tmp_path / "store", {"": (changed, tmp_path / "run")}, profile.Profile())
-    assert set(again.ids) == {"shard", "observer", "teacher", "calibrate", "report"}
+    assert set(again.ids) == {"shard", "observer", "teacher", "calibrate"}
+    assert set(again.replaced) == set(made.ids.values()) - set(again.ids.values())
+    # What waits in the queue finds its own settings.
+    campaign.prepare(again)
+    assert made.points[0].path.exists() and again.points[0].path != made.points[0].path
+    assert configuration.load(made.points[0].path).ipc == config.ipc and configuration.load(again.points[0].path).ipc == 2
     assert files.read_json(tmp_path / "jobs" / "jobs.json")["ids"]["shard"] == "0" and json.loads((tmp_path / "jobs" / "jobs.json").read_text())["name"] == "tiny"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to be somebody else")
+def test_a_good_end_is_one_where_slurmstepd_is_roots():
+    """A job may not signal its slurmstepd: that it lives must be seen otherwise. And a folder may have a blank in its name."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own are closed to others
+    ends, tools, script = folder / "my run" / "ends", folder / "tools", folder / "job.sh"
+    for made in (ends, tools):
+        made.mkdir(parents=True)
+    (tools / "squeue").write_text("#!/bin/sh\necho RUNNING\n")
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho requeued >> {folder}/asked\nkill $PPID\n")
+    for path in (*tools.iterdir(), folder):
+        path.chmod(0o755)
+    for path in (ends, folder):
+        path.chmod(0o777)
+    job = jobs.Job("a", "shard", "", [["shard"]], [], [])
+    text = "\n".join(slurm.parameters(job, profile.Profile(retries=1), folder / "my run", folder, "", "")["teardown"])
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+
+    def end(code: int) -> int:
+        script.write_text(f"(exit {code})\n{text}\n")
+        script.chmod(0o644)
+        return subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "bash", script], env=env, capture_output=True, timeout=30).returncode
+
+    assert end(0) == 0 and not list(ends.iterdir())
+    end(137)
+    assert "exit code 137, slurmstepd there" in (ends / "7").read_text() and (folder / "asked").exists()
+    assert end(137) == 137  # the second time is one too many for retries: 1
+    shutil.rmtree(folder)
 
 
 HELPER = """

@@ -84,6 +84,8 @@ def _state(campaign: Campaign, job: Job, known: dict[str, slurm.State]) -> tuple
         return "stopped", restarts, f"needs {broken[0]}" if broken else "cancelled"
     if counts.get("COMPLETED") == len(mine) and mine and job.stage in ("recover", "summary"):
         return "done", restarts, ""
+    if mine and counts["COMPLETED"] == len(mine) and not error:
+        return "finished", restarts, "its files are not seen here yet"
     if not mine and not error:
         return "gone", restarts, "SLURM no longer knows it, and its work is not there"
     return "failed", restarts, error or ", ".join(counts)
@@ -101,8 +103,8 @@ def _queue(campaign: Campaign) -> tuple[dict[str, slurm.State], str]:
         return {}, str(error).splitlines()[0]
 
 
-def table(campaign: Campaign) -> tuple[str, Counter]:
-    """The table, and how many jobs are in which state."""
+def table(campaign: Campaign) -> tuple[str, Counter, str]:
+    """The table, how many jobs are in which state, and why SLURM was not asked, if it was not."""
     known, silent = _queue(campaign)
     rows, counts = [["job", "id", "state", "progress", "restarts", "note"]], Counter()
     for job in campaign.jobs:
@@ -118,21 +120,34 @@ def table(campaign: Campaign) -> tuple[str, Counter]:
     text = markdown(rows)
     text += f"\n{silent}: what is not done may be running" if silent else ""
     text += "".join(f"\npoint {name} is refused: {why}" for name, why in campaign.refused.items())
-    return text, counts
+    return text, counts, silent
 
 
-def ended(counts: Counter) -> bool:
-    return not any(counts[s] for s in ("running", "waiting", "queued again"))
+_SEEN = 90.0  # seconds in which a network file system shows what another node has written
+
+
+class _End:
+    """Whether a campaign is over. What SLURM calls completed gets some time to be seen here; while SLURM is silent nothing is over."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+
+    def reached(self, counts: Counter, silent: str) -> bool:
+        if (silent and shutil.which("squeue")) or any(counts[s] for s in ("running", "waiting", "queued again")):
+            self.since = time.monotonic()
+            return False
+        return not counts["finished"] or time.monotonic() - self.since > _SEEN
 
 
 def watch(folder: Path, seconds: float) -> int:
     """Draw the table again and again until no job runs or waits. 0 where all are done."""
+    end = _End()
     while True:
-        text, counts = table(load(folder))
+        text, counts, silent = table(load(folder))
         if sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
         print(text + "\n" + ", ".join(f"{n} {s}" for s, n in counts.items()), flush=True)
-        if ended(counts):
+        if end.reached(counts, silent):
             return 0 if set(counts) == {"done"} else 1
         time.sleep(seconds)
 
@@ -140,16 +155,21 @@ def watch(folder: Path, seconds: float) -> int:
 def wait(folder: Path, seconds: float, say) -> int:
     """Say each change of state until no job runs or waits. 0 where all are done."""
     before: dict[str, str] = {}
+    end, quiet = _End(), ""
     while True:
         campaign = load(folder)
-        known = slurm.states()
-        now = {j.name: _state(campaign, j, known) for j in campaign.jobs}
-        for name, (state, _, note) in now.items():
-            if before.get(name) != state:
-                say(f"  {time.strftime('%H:%M:%S')}  {name}: {state}{f' ({note})' if note else ''}")
-        before = {name: s[0] for name, s in now.items()}
+        known, silent = _queue(campaign)
+        if silent and not quiet:
+            say(f"  {time.strftime('%H:%M:%S')}  {silent}: waiting for it to answer")
+        quiet = silent
+        if not silent:
+            now = {j.name: _state(campaign, j, known) for j in campaign.jobs}
+            for name, (state, _, note) in now.items():
+                if before.get(name) != state:
+                    say(f"  {time.strftime('%H:%M:%S')}  {name}: {state}{f' ({note})' if note else ''}")
+            before = {name: s[0] for name, s in now.items()}
         counts = Counter(before.values())
-        if ended(counts):
+        if end.reached(counts, silent):
             return 0 if set(counts) == {"done"} and not campaign.refused else 1
         time.sleep(seconds)
 
@@ -168,7 +188,7 @@ def logs(folder: Path, wanted: str, lines: int) -> int:
     """Print the ends of logs: of the job or point `wanted`, or of those that failed."""
     campaign = load(folder)
     known, _ = _queue(campaign)
-    chosen = [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)] if wanted else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone")]
+    chosen = [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)] if wanted else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone", "finished")]
     if wanted in campaign.refused:
         print(f"{wanted} was not submitted: {campaign.refused[wanted]}")
         return 0

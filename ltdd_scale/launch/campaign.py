@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Campaign:
     ids: dict[str, str] = field(default_factory=dict)  # job -> SLURM id of its last submission
     refused: dict[str, str] = field(default_factory=dict)  # point -> why its config is none
     failed: dict[str, int] = field(default_factory=dict)  # job -> exit code, where jobs run here
+    replaced: list[str] = field(default_factory=list)  # ids of jobs that an earlier submission made and this one does not want
 
     @property
     def configs(self) -> dict[str, Config]:
@@ -53,6 +55,7 @@ class Campaign:
             "refused": self.refused,
             "ids": self.ids,
             "failed": self.failed,
+            "replaced": self.replaced,
             "jobs": [j.to_dict() for j in self.jobs],
         }
         files.write_json(self.folder / "jobs.json", record)
@@ -62,17 +65,23 @@ def make(
     name: str, folder: Path, store: Path, configs: dict[str, tuple[Config, Path]], profile: Profile, refused: dict[str, str] | None = None, last: Job | None = None
 ) -> Campaign:
     """Plan the jobs of `configs` (point → config, run folder); what an earlier submission recorded is kept. Writes nothing."""
-    points = [Point(p, c, folder / "configs" / f"{p or name}.yaml", out) for p, (c, out) in configs.items()]
+    # Named by content: a job in the queue reads its config when it starts, or starts again, and must find what it was submitted with.
+    points = [Point(p, c, folder / "configs" / f"{p or name}-{_digest(c)}.yaml", out) for p, (c, out) in configs.items()]
     out = Campaign(name, folder, store, points, plan(points, store, profile), refused=refused or {})
     if last:
         last.needs = [j.name for j in out.jobs if j.report]
         out.jobs.append(last)
     if (folder / "jobs.json").exists():
         before = files.read_json(folder / "jobs.json")
-        same = {j["name"]: j for j in before["jobs"]}
-        # An id counts for the job that it was given to: one with the same name that makes other things is another job.
-        out.ids = {j.name: before["ids"][j.name] for j in out.jobs if j.name in before["ids"] and same[j.name]["nodes"] == j.nodes}
+        same = {j["name"]: (j["nodes"], len(j["commands"])) for j in before["jobs"]}
+        # An id counts for the job that it was given to: one with the same name that makes other things, or in other parts, is another job.
+        out.ids = {j.name: before["ids"][j.name] for j in out.jobs if j.name in before["ids"] and same.get(j.name) == (j.nodes, len(j.commands))}
+        out.replaced = sorted({*before.get("replaced", []), *before["ids"].values()} - {*out.ids.values()})
     return out
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(configuration.to_yaml(config).encode()).hexdigest()[:8]
 
 
 def load(folder: Path) -> Campaign:
@@ -83,7 +92,7 @@ def load(folder: Path) -> Campaign:
     saved = files.read_json(record)
     points = [Point(n, configuration.load(Path(p["config"])), Path(p["config"]), Path(p["out"])) for n, p in saved["points"].items()]
     jobs = [Job(**j) for j in saved["jobs"]]
-    return Campaign(saved["name"], folder / "jobs", Path(saved["store"]), points, jobs, saved["ids"], saved["refused"], saved["failed"])
+    return Campaign(saved["name"], folder / "jobs", Path(saved["store"]), points, jobs, saved["ids"], saved["refused"], saved["failed"], saved.get("replaced", []))
 
 
 def _code(campaign: Campaign) -> Path:
@@ -110,8 +119,7 @@ def prepare(campaign: Campaign) -> Path:
 def missing(campaign: Campaign, alive: set[str]) -> list[Job]:
     """Jobs whose work is not on the disk and that no submitted job is about to do."""
     left = [j for j in campaign.jobs if not _is_summary(j) and not campaign.done(j) and campaign.ids.get(j.name) not in alive]
-    # A sweep's table is written again after whatever is done again; the job that wrote the last one may still be leaving.
-    return left and left + [j for j in campaign.jobs if _is_summary(j) and (campaign.done(j) or campaign.ids.get(j.name) not in alive)]
+    return left and left + [j for j in campaign.jobs if _is_summary(j)]  # a sweep's table is written after whatever is done again
 
 
 def _is_summary(job: Job) -> bool:
@@ -129,6 +137,14 @@ def submit(campaign: Campaign, profile: Profile, max_jobs: int, say) -> int:
     slurm.need_slurm()
     alive = slurm.alive(slurm.states())
     todo = missing(campaign, alive)
+    # A table that waits for what was submitted before would not wait for what is submitted now.
+    late = [campaign.ids[j.name] for j in todo if campaign.ids.get(j.name) in alive]
+    stale = [i for i in campaign.replaced if i in alive]
+    if late or stale:
+        slurm.cancel([*late, *stale])
+    if stale:
+        say(f"  {', '.join(stale)}: cancelled, as the settings are others now")
+    campaign.replaced = []
     if not todo:
         return 0
     code = prepare(campaign)

@@ -58,7 +58,10 @@ def flops(config: Config, store: Path) -> dict[str, float] | None:
     out = {"shard": 0.0}
     for role, one in (("observer", observer), ("teacher", teacher)):
         out[role] = getattr(config, role).epochs * images * views * one * (1 + BACKWARD)
-    out["calibrate"] = config.calibrate.passes * images * observer if config.strategies.calibrate else 0.0
+    with torch.device("meta"):
+        layers = len(registry.norm_layers(registry.backbone(config.observer.net, config.observer.width, config.observer.norm, size)))
+    passes = (layers + 1) / 2 if config.calibrate.recalibrate else 1  # one a layer, up to that layer
+    out["calibrate"] = passes * images * observer if config.strategies.calibrate else 0.0
     out["initialize"] = images * config.initialize.crops * teacher
     out["recover"] = config.recover.iterations * small * 2 * (observer + teacher * (config.recover.teacher_ce > 0))
     settings, out["relabel"], out["students"] = config.relabel, 0.0, 0.0

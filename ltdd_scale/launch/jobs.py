@@ -78,7 +78,7 @@ def plan(points: list[Point], store: Path, profile: Profile) -> list[Job]:
         reads = [at["relabel"], *(i for s in students for i in inputs[s])]
         add(point, "students", [at[s] for s in students], reads, min(profile.of("students").array, len(students)))
         add(point, "evaluate", [at["evaluate"]], inputs["evaluate"])
-        add(point, "report", [f"report of {point.out}"], [at["evaluate"]], folder=str(point.out))
+        add(point, "report", [f"report of {at['evaluate']} in {point.out}"], [at["evaluate"]], folder=str(point.out))
     return jobs
 
 

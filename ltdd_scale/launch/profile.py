@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from ltdd_scale import config as configuration
 from ltdd_scale.config import option
 from ltdd_scale.errors import UserError
 
-CPU_STAGES = ("shard", "report", "summary")  # no GPU is of use there; "summary" is a sweep's report
+CPU_STAGES = ("shard", "report", "summary")  # no GPU is of use there; "summary" is a sweep's report, and gets what "report" gets
+EXPERTS = ("observer", "teacher")  # what gains from more than one node
 STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "students", "evaluate", "report", "summary")
+
+
+_GPUS = re.compile(r"^(gpu(?::[A-Za-z_][^:,()]*)?)(?::\d+)?(?=$|,)")  # of --gres=gpu:a100:4
 
 
 @dataclass
@@ -56,10 +61,16 @@ class Profile(Resources):
     def of(self, stage: str) -> Resources:
         """The resources of a stage's job."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Resources)}
-        own = self.stages.get(stage, {})
+        own = self.stages.get(stage, self.stages.get("report", {}) if stage == "summary" else {})
         if stage in CPU_STAGES:
-            values.update(gpus_per_node=0, gres="", nodes=1)
+            values.update(gpus_per_node=0, gres="")
+        if stage not in EXPERTS:
+            values.update(nodes=1)
+        if stage == "evaluate":  # it judges the experts: one rank's work
+            values.update(gpus_per_node=min(1, self.gpus_per_node))
         out = Resources(**{**values, **own})
+        if out.gres and "gres" not in own:  # the profile's, for as many GPUs as this stage gets
+            out.gres = _GPUS.sub(rf"\g<1>:{out.gpus_per_node}", out.gres) if out.gpus_per_node else ""
         return out if stage in ("recover", "students") else dataclasses.replace(out, array=1)
 
 
@@ -81,4 +92,8 @@ def load(path: Path) -> Profile:
         configuration.fill(resources, own, f"stages.{stage}.")
         configuration.check_values(resources, f"stages.{stage}.")
         profile.stages[stage] = {name: getattr(resources, name) for name in own}
+    for stage in STAGES:
+        minutes = profile.of(stage).minutes
+        if minutes * 60 < 2 * profile.signal_delay_s:  # it would be asked to stop before it has begun, again and again
+            raise UserError(f"{path}: minutes: {minutes} ({stage}) is too short for signal_delay_s: {profile.signal_delay_s}: at least twice as long")
     return profile

@@ -22,15 +22,20 @@ OVER = frozenset(["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "
 
 # After srun, in the batch script. A job that was killed or broke down goes back into the queue, up to so many times, with the reason kept; one that
 # SLURM itself ends (cancelled, preempted, requeued) is not RUNNING any more here; one that ended with the user's error has left a `.final` note.
-_TEARDOWN = """
+# slurmstepd is root's: whether it lives is asked of our own status (its child gets another parent), not by a signal that we may not send.
+# A controller that is being restarted is asked again for a minute or two.
+_TEARDOWN = r"""
 code=$?
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 note=%(ends)s/$job
-parent=there; kill -0 $PPID 2>/dev/null || parent=gone
+parent=there; grep -q "^PPid:[[:space:]]*$PPID\$" /proc/$$/status || parent=gone
 [ $code = 0 ] && [ $parent = there ] && exit 0
-[ "$(squeue -h -j $job -o %%T 2>/dev/null)" = RUNNING ] || exit $code
-echo "$(date -u +%%FT%%TZ) attempt ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: exit code $code, slurmstepd $parent" >> $note
-[ ! -e $note.final ] && [ $(wc -l < $note) -le %(retries)d ] && scontrol requeue $job && sleep 300
+for turn in 1 2 3 4 5 6 7 8; do state=$(squeue -h -j $job -o %%T 2>/dev/null) && break; sleep 15; done
+[ "$state" = RUNNING ] || exit $code
+echo "$(date -u +%%FT%%TZ) attempt ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: exit code $code, slurmstepd $parent" >> "$note"
+if [ ! -e "$note.final" ] && [ $(wc -l < "$note") -le %(retries)d ]; then
+for turn in 1 2 3 4; do scontrol requeue $job && sleep 300; sleep 15; done
+fi
 exit $code
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltdd_scale.errors import PeerLost
-from ltdd_scale.runtime import files, signals
+from ltdd_scale.runtime import files, place, signals
 
 BROKEN = PeerLost.code  # an error that is not the user's: another attempt may go well
 LOOK = 1.0  # seconds between two looks at whether this attempt still counts
@@ -38,10 +39,19 @@ def job_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+_LATER = re.compile(r"timed out|contact|connect|communicat|transmitted|standby", re.IGNORECASE)  # the controller is away, or very busy
+
+
 def requeue(why: str) -> bool:
-    """Ask SLURM to start this job again. False where it does not want to, as where it has begun to do so itself."""
-    done = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
-    print(f"  {why}: " + ("the job is queued again" if done.returncode == 0 else f"scontrol requeue says: {done.stderr.strip()}"), file=sys.stderr, flush=True)
+    """Ask SLURM to start this job again, for two minutes where it does not answer. False where it does not want to, as where it has begun to do so itself."""
+    for turn in range(12):
+        if turn:
+            time.sleep(10)
+        done = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
+        said = "the job is queued again" if done.returncode == 0 else f"scontrol requeue says: {done.stderr.strip()}"
+        print(f"  {why}: {said}", file=sys.stderr, flush=True)
+        if done.returncode == 0 or not _LATER.search(done.stderr):
+            break
     return done.returncode == 0
 
 
@@ -78,6 +88,23 @@ def _watch(fence: Fence, parent: int) -> None:
             os._exit(BROKEN)
 
 
+def _make_room(first: bool) -> None:
+    """Have the job queued again, and end when nobody loses by it: the end of one task ends the others (``--kill-on-bad-exit``)."""
+    begin = time.monotonic()
+    if first:
+        requeue("saved")
+        place.all_have_left(10)
+        return
+    place.have_left()
+    # An end of ours before rank 0 has spoken would count as the job's. SIGTERM says that SLURM has heard it.
+    spoken = False
+    while time.monotonic() - begin < 120 and not signals.save_wanted(begin):
+        if not spoken and time.monotonic() - begin > 15:  # rank 0 waits in a collective for us, and hears nothing there
+            spoken = True
+            requeue("saved, and rank 0 is silent")
+        time.sleep(0.05)
+
+
 @dataclass
 class Task:
     """`ltdd-scale ARGUMENTS` in the folder `cwd`; `digest` is that of the source at submission, `folder` where the jobs of the campaign keep their notes."""
@@ -107,13 +134,7 @@ class Task:
         threading.Thread(target=_watch, args=(fence, parent), daemon=True).start()
         code = self._work(first)
         if code == signals.STOP_CODE:
-            if first:
-                requeue("saved")
-            else:
-                # An end of ours before rank 0 has spoken would count as the job's. SIGTERM says that SLURM has heard it.
-                begin = time.monotonic()
-                while time.monotonic() - begin < 120 and not signals.save_wanted(begin):
-                    time.sleep(0.05)
+            _make_room(first)
         if code == 1 and first:
             files.write_text(folder / "ends" / f"{job_id()}.final", "the error is in the job's log\n")  # trying again would not help
         sys.stdout.flush()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ltdd_scale.errors import UserError
 
@@ -47,3 +50,20 @@ def in_step() -> bool:
 def note_of(folder: Path) -> Path:
     """Where rank 0 of this attempt writes the address at which the others meet it."""
     return folder / attempt()
+
+
+meeting: Any = None  # the torch.distributed store by which the ranks of this step have met; rank 0 serves it
+
+
+def have_left() -> None:
+    """A rank's word that it has saved and waits for the end."""
+    if meeting is not None:
+        with suppress(RuntimeError):  # rank 0 is gone already
+            meeting.add("left", 1)
+
+
+def all_have_left(seconds: float) -> None:
+    """For rank 0: wait until all others have saved, but not for one that is in a collective and will not hear of it."""
+    end = time.monotonic() + seconds
+    while meeting is not None and time.monotonic() < end and meeting.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.05)

@@ -113,7 +113,7 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
         # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
         timeout = datetime.timedelta(days=2)
         if place.in_step():
-            store = _meet(meeting, rank, world, timeout)
+            store = place.meeting = _meet(meeting, rank, world, timeout)
         else:
             store, _, _ = next(dist.rendezvous(os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout))
         # torchrun keeps its store when it restarts workers; without a prefix they would look for their dead predecessors' addresses, and wait.
