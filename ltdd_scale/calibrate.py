@@ -100,9 +100,7 @@ def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
     return [*units, np.asarray(current)] if current else units
 
 
-def collect(
-    model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec, stop: bool = False
-) -> dict[str, Tensor]:
+def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec, stop: bool = False) -> dict[str, Tensor]:
     """One pass over `images`, with `stop` up to the last of `layers`; the moments of every layer, complete on every rank."""
     ranks, num_classes = context.ranks, len(images.counts)
     units = class_units(images.counts, settings.batch_size)

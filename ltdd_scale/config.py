@@ -159,9 +159,11 @@ class Evaluate:
     batch_size: int = option(25, "images a step", low=1)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "sgd"))
     lr: float = option(1e-3, "learning rate", low=0)
-    momentum: float = option(0.9, "SGD momentum", low=0, high=1)
+    momentum: float = option(0.9, "SGD momentum (Nesterov's)", low=0, high=1)
     weight_decay: float = option(0.01, "weight decay", low=0)
-    schedule: str = option("cosine", "cosine to 0, or halved at 80, 90 and 95 % of the epochs", choices=("cosine", "steps"))
+    schedule: str = option(
+        "cosine", "cosine to 0; cosine2: half of a cosine, to half the rate; steps: halved at 80, 90 and 95 % of the epochs", choices=("cosine", "cosine2", "steps")
+    )
     kappa_ce: float = option(0.025, "κ1, weight of the cross-entropy with the class", low=0)
     kappa_mse: float = option(1.0, "κ2, weight of the squared error to the teacher's logits", low=0)
     ema: float = option(0.99, "moving average of the student's weights; 0: none", low=0, high=0.99999)

@@ -7,7 +7,7 @@ class UserError(Exception):
     code = 1  # of the process
 
 
-class PeerLost(UserError):
-    """Another rank is gone. Trying again may go well, which it does not with the other errors of this kind."""
+class PassingError(UserError):
+    """What may be over soon: another rank is gone, a file server is away. Trying again may go well, which it does not with the other errors of this kind."""
 
     code = 70

@@ -42,9 +42,9 @@ def random_real(labels: np.ndarray, num_classes: int, ipc: int, seed: int) -> np
 
 
 def learning_rate(settings: Evaluate, done: float) -> float:
-    """`done` in [0, 1): cosine to 0, or halved at 80, 90 and 95 %."""
-    if settings.schedule == "cosine":
-        return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+    """`done` in [0, 1): cosine to 0; cosine2: EDC's smooth schedule with ζ = 2, to half the rate; steps: halved at 80, 90 and 95 %."""
+    if settings.schedule in ("cosine", "cosine2"):
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * done / (2 if settings.schedule == "cosine2" else 1)))
     return settings.lr * 0.5 ** sum(done >= mark for mark in (0.8, 0.9, 0.95))
 
 
@@ -69,25 +69,27 @@ def train_student(
         optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
     average = copy.deepcopy(student).requires_grad_(False)
     history: list[float] = []
+    taken, total = 0, torch.zeros((), device=ranks.device)  # steps; the sum of this epoch's losses
     checkpoints = context.checkpoints(title.replace(" ", "-"))
     saved = checkpoints.load()
     if saved:
-        state = saved[1]
+        taken, state = saved
         student.load_state_dict(state["student"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
+        total.copy_(state["total"])
     progress = context.progress(title, epochs, "epochs", len(history), stops=False)
     student.train()
-    for epoch in range(len(history), epochs):
-        torch.manual_seed(torch_seed(seed, "dropout", epoch))
+    while taken < steps * epochs:
+        epoch, first = divmod(taken, steps)
         order = rng(seed, "student order", epoch).permutation(n)
-        batches = [order[i : i + settings.batch_size] for i in range(0, n, settings.batch_size)]
+        batches = [order[i : i + settings.batch_size] for i in range(first * settings.batch_size, n, settings.batch_size)]
         drawn = softlabels.draw_epoch(spec, images.sizes, *labels.view_key(seed, epoch), settings.cutmix)
-        total = torch.zeros((), device=ranks.device)
-        for k, (indices, x) in enumerate(zip(batches, softlabels.render(images, drawn, batches, spec, normalize), strict=True)):
+        for indices, x in zip(batches, softlabels.render(images, drawn, batches, spec, normalize), strict=True):
+            torch.manual_seed(torch_seed(seed, "dropout", taken))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, (epoch + k / steps) / epochs)
+                group["lr"] = learning_rate(settings, (epoch + taken % steps / steps) / epochs)
             classes, soft = labels.targets(epoch, drawn, indices, x, teacher, ranks)
             if x.device.type == "cuda":
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -98,15 +100,17 @@ def train_student(
             loss.backward()
             optimizer.step()
             # The average warms up, so that short trainings are not judged on their initial weights.
-            taken = epoch * steps + k
             registry.update_ema(average, student, min(settings.ema, (1 + taken) / (10 + taken)) if settings.ema else 0.0)
             total += loss.detach() / steps
-        history.append(float(total))
-        progress.update(epoch + 1, f"loss {history[-1]:.3f}")
-        if (signals.requested() or checkpoints.due()) and epoch + 1 < epochs:
-            state = {"student": student.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            checkpoints.save(epoch + 1, state, wait=signals.requested())
-            signals.check()
+            taken += 1
+            if taken % steps == 0:
+                history.append(float(total))
+                total.zero_()
+                progress.update(epoch + 1, f"loss {history[-1]:.3f}")
+            if signals.requested() or checkpoints.due():
+                state = {"student": student.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "total": total}
+                checkpoints.save(taken, state, wait=signals.requested())
+                signals.check()
     checkpoints.wait()
     return average.eval(), history
 
@@ -118,6 +122,7 @@ def predict(model: nn.Module, images, normalize, ranks, batch: int = 500) -> tor
     plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
     out = []
     for x in images.stream(plans, ViewSpec(1)):
+        signals.check()
         with ranks.autocast():
             out.append(model(normalize(x)).float().cpu())
     return torch.cat(out)

@@ -19,7 +19,7 @@ from ltdd_scale.config import Config, to_dict
 from ltdd_scale.runtime import files
 
 # Raised when a stage's results change for the same settings: what was made before is then stale.
-VERSIONS = {"shard": 2, "experts": 2, "calibrate": 3, "initialize": 1, "recover": 3, "relabel": 1, "student": 2, "evaluate": 1}
+VERSIONS = {"shard": 2, "experts": 2, "calibrate": 3, "initialize": 1, "recover": 3, "relabel": 2, "student": 3, "evaluate": 1}
 STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "evaluate")
 SETS = ("random", "initial", "distilled")
 LABELS = ("online", "stored", "single", "hard")
@@ -172,9 +172,6 @@ def is_running(folder: Path) -> bool:
         return False
     fd = os.open(folder / ".lock", os.O_RDWR)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+        return not files.lock(fd, fcntl.LOCK_EX)
     finally:
         os.close(fd)

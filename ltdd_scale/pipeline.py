@@ -73,14 +73,6 @@ def _trust(folder: Path) -> None:
     _VERIFIED.add(folder)
 
 
-def _locked(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 @contextmanager
 def _alone(folder: Path, say: Callable[[str], None], part: tuple[int, int] | None = None) -> Iterator[None]:
     """One process at work on a folder, or on a part of it; the kernel lets go when it dies."""
@@ -90,9 +82,9 @@ def _alone(folder: Path, say: Callable[[str], None], part: tuple[int, int] | Non
         def hold(name: str, kind: int) -> None:
             fd = os.open(folder / name, os.O_CREAT | os.O_RDWR)
             held.callback(os.close, fd)
-            if not _locked(fd, kind):
+            if not files.lock(fd, kind):
                 say(f"waiting: another run is at work on {folder}")
-                while not _locked(fd, kind):
+                while not files.lock(fd, kind):
                     signals.check()
                     time.sleep(0.2)
 
@@ -121,6 +113,7 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
         "facts": facts,
         "seconds": round(seconds, 2),
         "ranks": ranks.world,
+        "precision": str(ranks.autocast_dtype or torch.float32).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.machine()} CPU",
         "software": {
             "ltdd_scale": __version__,

@@ -13,7 +13,7 @@ import yaml
 from ltdd_scale import config as configuration
 from ltdd_scale import graph, report
 from ltdd_scale.config import Config
-from ltdd_scale.errors import PeerLost, UserError
+from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import duration
 
@@ -63,7 +63,8 @@ class Session:
         from ltdd_scale.runtime import ranks
 
         runtime = self.config.runtime
-        peers = ranks.join(runtime.device, runtime.precision, runtime.threads, self.store / ".meet")
+        device = "cpu" if set(self.targets) <= {"shard"} else runtime.device  # a node for sharding or the report need not have a GPU
+        peers = ranks.join(device, runtime.precision, runtime.threads, self.store / ".meet")
         try:
             pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks, self.part)
             peers.barrier()
@@ -76,7 +77,7 @@ class Session:
             for _ in range(300):
                 signals.check()
                 time.sleep(0.1)
-            raise PeerLost(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
+            raise PassingError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
 
     def finish(self, reporting: bool) -> int:
         """Note what is done; write the report; say where things are."""

@@ -57,10 +57,10 @@ def render(images, epoch: EpochViews, batches: list[np.ndarray], spec: ViewSpec,
     for indices, x in zip(batches, images.stream(plans, spec), strict=True):
         x = normalize(x)
         own = x[: len(indices)]
-        mixed = torch.from_numpy(np.flatnonzero(epoch.stays[indices] < 1)).to(x.device)
-        if len(mixed):
-            own = own.clone()
-            own[mixed] = augment.paste(own[mixed], x[len(indices) :], epoch.boxes[indices][mixed.cpu().numpy()])
+        chosen = np.flatnonzero(epoch.stays[indices] < 1)
+        if len(chosen):
+            own, mixed = own.clone(), torch.from_numpy(chosen).to(x.device)
+            own[mixed] = augment.paste(own[mixed], x[len(indices) :], epoch.boxes[indices][chosen])
         yield own
 
 
@@ -182,5 +182,6 @@ def adsa_tau(logits: Tensor, classes: np.ndarray, prior: np.ndarray, high: float
 
 
 def shift_of(tau: float, counts: np.ndarray, device) -> torch.Tensor:
-    """τ·log π, float32 [C]."""
-    return torch.from_numpy(tau * np.log(counts / counts.sum())).float().to(device)
+    """τ·log π less its mean, float32 [C]: a softmax does not see the mean, students of raw logits would have to learn it."""
+    shift = tau * np.log(counts / counts.sum())
+    return torch.from_numpy(shift - shift.mean()).float().to(device)

@@ -36,6 +36,7 @@ def test_student_loss_is_its_formula():
 
 
 def test_schedules():
+    assert [round(evaluate.learning_rate(Evaluate(schedule="cosine2", lr=1.0), t), 6) for t in (0, 0.5, 1)] == [1.0, 0.853553, 0.5]
     steps, cosine = Evaluate(schedule="steps", lr=1.0), Evaluate(schedule="cosine", lr=1.0)
     assert [evaluate.learning_rate(steps, d) for d in (0, 0.79, 0.8, 0.9, 0.95)] == [1, 1, 0.5, 0.25, 0.125]
     assert evaluate.learning_rate(cosine, 0) == 1 and evaluate.learning_rate(cosine, 0.5) == pytest.approx(0.5)

@@ -46,6 +46,7 @@ def test_the_profiles_that_are_there_load(path):
         ({"stages": {"recover": {"gpus": 2}}}, "unknown config key 'stages.recover.gpus'"),
         ({"stages": {"recover": {"array": 0}}}, "stages.recover.array: must be at least 1"),
         ({"setup": "module load"}, "setup: expected a list"),
+        ({"minutes": 2}, "minutes: 2 .* too short for signal_delay_s: 90"),
     ],
 )
 def test_a_wrong_profile_is_said(tmp_path, values, words):
@@ -57,6 +58,10 @@ def test_one_task_a_gpu_and_each_stage_its_own(tmp_path):
     found = load(tmp_path, gpus_per_node=4, minutes=30, stages={"observer": {"nodes": 2}, "recover": {"gpus_per_node": 1, "array": 8}})
     assert (found.of("observer").nodes, found.of("observer").tasks_per_node, found.of("teacher").nodes) == (2, 4, 1)
     assert (found.of("recover").array, found.of("recover").tasks_per_node, found.of("shard").tasks_per_node) == (8, 1, 1)
+    wide = load(tmp_path, nodes=2, gpus_per_node=4, gres="gpu:a100:4", mem_gb=400, stages={"recover": {"gpus_per_node": 1}, "report": {"partition": "cpu", "mem_gb": 8}})
+    assert [wide.of(s).nodes for s in ("observer", "calibrate", "recover", "students", "evaluate", "shard")] == [2, 1, 1, 1, 1, 1]
+    assert [wide.of(s).gres for s in ("teacher", "recover", "evaluate", "shard")] == ["gpu:a100:4", "gpu:a100:1", "gpu:a100:1", ""]
+    assert (wide.of("summary").partition, wide.of("summary").mem_gb, wide.of("summary").gpus_per_node) == ("cpu", 8, 0)
 
 
 def test_jobs_come_after_what_they_need(tmp_path):

@@ -25,7 +25,9 @@ def save(path: Path, array: np.ndarray) -> None:
 def load(path: Path) -> np.ndarray:
     try:
         return np.load(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise files.kind(error)(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path}: {error}; delete its folder and run the stage again") from None
 
 

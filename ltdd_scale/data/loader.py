@@ -18,6 +18,7 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.streamed import Plan
 from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import signals
 
 FEW = 2000  # images that one process decodes sooner than others start
 
@@ -64,6 +65,7 @@ def decode(split: ShardSplit, resolution: int, workers: int) -> np.ndarray:
     plans = [(np.arange(i, min(i + 256, len(split))), None) for i in range(0, len(split), 256)]
     batches = streamed.decoded(split, plans, resolution, True, workers if len(split) > FEW else 0)
     for (indices, _), (images, _) in zip(plans, batches, strict=True):
+        signals.check()
         pixels[indices] = images.numpy()
     return pixels
 

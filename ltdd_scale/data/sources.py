@@ -241,6 +241,7 @@ def open_source(data: Data) -> Source:
         classes, train, test = _digits(data.test_per_class) if data.source == "digits" else _folder(Path(data.path))
         source = Source(classes, train, test)
     available = np.bincount(source.train.labels, minlength=len(source.classes))
+    largest = data.max_per_class or int(available.max())  # also when some are held out: settings are then chosen on the long tail that they are for
     tested = np.bincount(source.test.labels, minlength=len(source.classes))
     for kind, sizes in (("training", available), ("test", tested)):
         if (sizes == 0).any():
@@ -254,7 +255,7 @@ def open_source(data: Data) -> Source:
         rest = np.setdiff1d(np.arange(len(source.train.names)), held)
         source.val, source.train = source.train.take(np.sort(held)), source.train.take(rest)
         available = available - data.val_per_class
-    counts = longtail.counts_for(data.profile, available.tolist(), data.imbalance_factor, data.max_per_class, data.counts)
+    counts = longtail.counts_for(data.profile, available.tolist(), data.imbalance_factor, largest, data.counts)
     if data.profile != "full":
         source.train = source.train.take(longtail.choose(source.train.labels, counts, data.split_seed))
     return source

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from ltdd_scale.config import Expert, Train
 from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.ranks import Ranks
 
@@ -37,7 +38,11 @@ class DDPEngine:
         self.module = ranks.parallel(module, find_unused_parameters=unused) if ranks.world > 1 else module
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        saved = self.checkpoints.load()  # on the CPU: what is loaded from it moves to where it belongs, the rest is let go
+        # On the CPU: what is loaded from it moves to where it belongs, the rest is let go. Rank 0 says which, or ranks might go on from different steps.
+        saved = self.checkpoints.load() if self.ranks.first else None
+        step = self.ranks.share(saved and saved[0])
+        if step is not None and not self.ranks.first:
+            saved = self.checkpoints.load(step=step)
         if saved:
             self.inner.load_state_dict(saved[1]["model"])
             self.optimizer.load_state_dict(saved[1]["optimizer"])
@@ -89,16 +94,14 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed needs a number; batches and losses are the trainer's
             "gradient_accumulation_steps": parts,
             "gradient_clipping": train.clip,
-            "torch_autocast": {"enabled": ranks.autocast_dtype is not None, "dtype": "bfloat16"},
+            # The empty list: autocast as torch does it, and gradients that are summed over ranks in float32. By default those of every convolution would be rounded.
+            "torch_autocast": {"enabled": ranks.autocast_dtype is not None, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
-        alone = "LOCAL_RANK" not in os.environ
-        if alone:  # DeepSpeed wants a launcher's variable and a process group all the same
-            os.environ["LOCAL_RANK"] = "0"
-        if not dist.is_initialized():
+        if not dist.is_initialized():  # DeepSpeed wants one, with one rank too
             dist.init_process_group("gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-        self.module, self.optimizer, _, _ = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=False)
-        if alone:
-            del os.environ["LOCAL_RANK"]
+        with _local_rank(ranks.device.index or 0 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_RANK", 0))):
+            made = deepspeed.initialize(model=training, optimizer=sgd(training, settings, ranks.device), config=options, dist_init_required=False)
+        self.module, self.optimizer = made[0], made[1]
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
         found = self.ranks.share(self._newest() if self.ranks.first else None)
@@ -148,7 +151,7 @@ class DeepSpeedEngine:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        return self.ranks.first and time.monotonic() - self._last >= self.seconds
+        return self.ranks.first and (time.monotonic() - self._last >= self.seconds or signals.save_wanted(self._last))
 
     def finish(self) -> None:
         pass
@@ -166,6 +169,20 @@ class DeepSpeedEngine:
         for group in self.module.optimizer.param_groups:
             group["lr"] = lr
         self.module.step()
+
+
+@contextmanager
+def _local_rank(number: int) -> Iterator[None]:
+    """The launcher's variable, by which DeepSpeed picks the GPU: where SLURM shows each task its own alone, that is not the task's number."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(number)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _import(ranks: Ranks):

@@ -188,7 +188,11 @@ def logs(folder: Path, wanted: str, lines: int) -> int:
     """Print the ends of logs: of the job or point `wanted`, or of those that failed."""
     campaign = load(folder)
     known, _ = _queue(campaign)
-    chosen = [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)] if wanted else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone", "finished")]
+    chosen = (
+        [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)]
+        if wanted
+        else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone", "finished")]
+    )
     if wanted in campaign.refused:
         print(f"{wanted} was not submitted: {campaign.refused[wanted]}")
         return 0

@@ -17,10 +17,10 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltdd_scale.errors import PeerLost
+from ltdd_scale.errors import PassingError
 from ltdd_scale.runtime import files, place, signals
 
-BROKEN = PeerLost.code  # an error that is not the user's: another attempt may go well
+BROKEN = PassingError.code  # an error that is not the user's: another attempt may go well
 LOOK = 1.0  # seconds between two looks at whether this attempt still counts
 
 

@@ -17,10 +17,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
-        local = torch.tensor([flat.shape[0] * flat.shape[2]], dtype=torch.float32, device=x.device)
-        mean = flat.float().mean(2).mean(0)
+        flat = flat.float()
+        local = torch.full((1,), float(flat.shape[0] * flat.shape[2]), device=x.device)  # not a copy from the host, which would wait for the device
+        mean = flat.mean(2).mean(0)
         # Each rank's second moment is about its own mean: no large numbers cancel. The ranks' are joined in float64.
-        square = (torch.linalg.vector_norm((flat.float() - mean[:, None]), dim=2) ** 2).sum(0)
+        square = (torch.linalg.vector_norm((flat - mean[:, None]), dim=2) ** 2).sum(0)
         sums = torch.cat([local.double(), mean.double() * local, square.double() + mean.double() ** 2 * local])
         dist.all_reduce(sums)
         count, channels = sums[0], len(mean)

@@ -44,4 +44,6 @@ class Context:
         return Progress(title, total, unit, self.quiet or not self.ranks.first, done, signals.check if stops else lambda: None)
 
     def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
-        return Checkpoints(self.out / name, self.fingerprint, self.checkpoint_seconds)
+        # What a GPU began in bfloat16 is not gone on with in float32: with precision "auto" the fingerprint does not tell them apart.
+        precision = "" if self.ranks.autocast_dtype is None else f" in {str(self.ranks.autocast_dtype).removeprefix('torch.')}"
+        return Checkpoints(self.out / name, self.fingerprint + precision, self.checkpoint_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ltdd_scale.errors import UserError
+from ltdd_scale.errors import PassingError, UserError
 
 # Asked before a file appears under its name: a process that has lost the right to write raises here (see `launch.task`).
 guard: Callable[[], None] = lambda: None  # noqa: E731
@@ -44,15 +45,39 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         f.write(content)
 
 
+# Of file servers that fail over, and machines that are short of memory: none of the user's making.
+_PASSING = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EAGAIN, errno.ENOMEM, errno.EPIPE)
+)
+
+
+def kind(error: OSError) -> type[UserError]:
+    return PassingError if error.errno in _PASSING else UserError
+
+
 def explain(error: OSError, path: Path) -> UserError:
     """A full disk or a read-only folder, in words."""
     if error.errno == errno.ENOSPC:
         return UserError(f"{path}: no space left on the device; free some and run the same command again: finished work is kept")
     if error.filename is not None and Path(error.filename).parent != path.parent and path not in Path(error.filename).parents:
-        return UserError(f"{error.filename}: {error.strerror or error}")  # something that was read, not what was being written
+        return kind(error)(f"{error.filename}: {error.strerror or error}")  # something that was read, not what was being written
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store")
-    return UserError(f"{path}: {error.strerror or error}")
+    return kind(error)(f"{path}: {error.strerror or error}")
+
+
+def lock(fd: int, how: int) -> bool:
+    """Lock an open file, or say that another process has it. Raises `UserError` on file systems without locks."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        raise UserError(f"{name}: this file system has no flock, which keeps two runs apart: mount it with locks (Lustre: -o flock) or choose another --store") from None
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,7 +101,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise kind(error)(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run the stage again") from None
 

@@ -125,7 +125,7 @@ def test_sigterm_alone_saves_and_goes_on(jobs, testbed):
 
 def test_the_time_limit(jobs):
     """Work that is longer than a turn goes on in the next one."""
-    run = jobs("observer", **TWO, minutes=1, signal_delay_s=45, env={"LTDD_DRAG": "0.2"})
+    run = jobs("observer", **TWO, minutes=1, signal_delay_s=30, env={"LTDD_DRAG": "0.2"})
     run.submit()
     end = run.ended(300)
     assert end.state == "COMPLETED" and end.restarts >= 1 and "SIGUSR2" in run.log(), (end, run.log())
