@@ -67,10 +67,10 @@ def nodes(testbed):
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory) -> Path:
-    """A folder with long.yaml and, in its store, what the undisturbed stages up to recovery make on two ranks for the observer, one for the others."""
+    """A folder with long.yaml and, in its store, what the undisturbed stages up to relabelling make on two ranks for the observer, one for the others."""
     folder = tmp_path_factory.mktemp("calm")
     (folder / "long.yaml").write_text(LONG)
-    for stage, ranks in ((["shard"], 1), (["train", "observer"], 2), (["train", "teacher"], 1), (["initialize"], 1), (["recover"], 1)):
+    for stage, ranks in ((["shard"], 1), (["train", "observer"], 2), (["train", "teacher"], 1), (["initialize"], 1), (["recover"], 1), (["relabel"], 1)):
         done = cli(*stage, folder / "long.yaml", "--out", folder / "run", "--store", folder / "store", "--nproc", ranks)
         assert done.returncode == 0, done.stderr
     return folder
@@ -99,7 +99,7 @@ class Jobs:
         self.made = campaign.make("long", folder / "run" / "jobs", self.store, {"": (config, folder / "run")}, self.profile)
         (self.job,) = [j for j in self.made.jobs if j.name == stage]
         self.made.jobs = [self.job]
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)
         session.Session(config, folder / "run", self.store, []).enter()
 
     @property

@@ -5,6 +5,7 @@ LTDD_FAULT = "EVENT:TEXT:N:SIGNAL:WHOM". EVENT: "replace" (before a rename: writ
 LTDD_FAULT_RANK = the rank that it happens to (processes without RANK where it is unset). LTDD_FAULT_MARK = file that records that it happened.
 
 LTDD_DRAG = seconds that each look at the flag of signals takes, which is once a step: work that must last long enough to be disturbed does so on any machine.
+LTDD_DRAG_TASK = the SLURM task that is slowed; all where it is unset.
 """
 
 import importlib.util
@@ -71,5 +72,5 @@ class _Slow:
         return spec
 
 
-if _DRAG:
+if _DRAG and os.environ.get("LTDD_DRAG_TASK") in (None, os.environ.get("SLURM_PROCID")):
     sys.meta_path.insert(0, _Slow())

@@ -170,6 +170,18 @@ def test_an_element_of_recovery_resumes_within_its_chunk(jobs):
     same_bytes(run)
 
 
+def test_a_rank_that_waits_for_others_does_not_keep_their_job_from_the_queue(jobs):
+    """Rank 0 has done its student and waits, in a collective that hears no signal, for rank 1, who is asked to stop."""
+    run = jobs("students", "evaluate.epochs=60", gpus_per_node=2, cpus_per_task=1, env={"LTDD_DRAG": "0.3", "LTDD_DRAG_TASK": "1"})
+    number = run.submit()
+    until(lambda: "rank 0 has done 1 of 1" in "".join(p.read_text() for p in (run.folder / "run/jobs/logs").glob("*_0_log.out")), 90, "rank 0 is not done")
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)
+    end = run.ended()
+    assert end.state == "COMPLETED" and end.restarts == 1, (end, run.log())
+    assert "rank 0 is silent" in run.log(), run.log()
+    assert len(run.job.nodes) == 2 and all((run.store / n / "stage.json").exists() for n in run.job.nodes)
+
+
 def test_a_job_that_keeps_dying_is_given_up_with_the_reason(jobs, tmp_path):
     fault = {"LTDD_FAULT": "replace:step-:1:KILL:me", "LTDD_FAULT_MARK": f"{tmp_path}/mark-$SLURM_RESTART_COUNT"}
     run = jobs("observer", **TWO, retries=1, env=fault)
