@@ -21,7 +21,7 @@ quickstart: setup
 # SLURM's tests wait most of the time: they run beside the others, and what they say is shown after them.
 test: setup
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest tests/slurm >slurm-tests.tmp 2>&1 & slurm=$$!; \
+	$(VENV)/bin/python -m pytest tests/slurm >slurm-tests.tmp 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
 	$(VENV)/bin/python -m pytest --ignore=tests/slurm; others=$$?; \
 	wait $$slurm; slurm=$$?; cat slurm-tests.tmp; rm slurm-tests.tmp; \
 	exit $$((others + slurm))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -42,6 +43,7 @@ def testbed():
         pytest.skip("SLURM is not installed: 'slurm/testbed install' (as root, Debian or Ubuntu) does it")
     if shutil.which("sbatch") is None:
         pytest.skip("sbatch is not found")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, pytest takes the cluster down first
     folder = Path(tempfile.mkdtemp(prefix="ltdd-slurm-"))
     folder.chmod(0o755)  # munge wants its socket reachable for all
     env = {**os.environ, "LTDD_TESTBED": str(folder)}

@@ -84,7 +84,7 @@ def _state(campaign: Campaign, job: Job, known: dict[str, slurm.State]) -> tuple
         return "stopped", restarts, f"needs {broken[0]}" if broken else "cancelled"
     if counts.get("COMPLETED") == len(mine) and mine and job.stage in ("recover", "summary"):
         return "done", restarts, ""
-    if mine and counts["COMPLETED"] == len(mine) and not error:
+    if mine and counts["COMPLETED"] == len(mine):
         return "finished", restarts, "its files are not seen here yet"
     if not mine and not error:
         return "gone", restarts, "SLURM no longer knows it, and its work is not there"
