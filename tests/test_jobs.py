@@ -299,6 +299,10 @@ def test_a_record_keeps_ids_of_jobs_that_are_the_same(tmp_path):
     again = campaign.make("tiny", tmp_path / "jobs", tmp_path / "store", {"": (changed, tmp_path / "run")}, profile.Profile())
     assert set(again.ids) == {"shard", "observer", "teacher", "calibrate"}
     assert set(again.replaced) == set(made.ids.values()) - set(again.ids.values())
+    # Other parts of recovery: what would wait for the old ones is another job too.
+    parts = profile.Profile(stages={"recover": {"array": 2}})
+    other = campaign.make("tiny", tmp_path / "jobs", tmp_path / "store", {"": (config, tmp_path / "run")}, parts)
+    assert set(other.ids) == {"shard", "observer", "teacher", "calibrate", "initialize"}
     # What waits in the queue finds its own settings.
     campaign.prepare(again)
     assert made.points[0].path.exists() and again.points[0].path != made.points[0].path

@@ -76,6 +76,9 @@ def make(
         same = {j["name"]: (j["nodes"], len(j["commands"])) for j in before["jobs"]}
         # An id counts for the job that it was given to: one with the same name that makes other things, or in other parts, is another job.
         out.ids = {j.name: before["ids"][j.name] for j in out.jobs if j.name in before["ids"] and same.get(j.name) == (j.nodes, len(j.commands))}
+        for job in out.jobs:  # and what waits in the queue for a job that is replaced would never run
+            if any(n in before["ids"] and n not in out.ids for n in job.needs):
+                out.ids.pop(job.name, None)
         out.replaced = sorted({*before.get("replaced", []), *before["ids"].values()} - {*out.ids.values()})
     return out
 
