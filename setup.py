@@ -2,7 +2,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-version = next(line.split('"')[1] for line in Path("ltdd_scale/__init__.py").read_text().splitlines() if line.startswith("__version__"))
+version = next(
+    line.split('"')[1]
+    for line in Path("ltdd_scale/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
 
 setup(
     name="ltdd_scale",
@@ -13,7 +17,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ltdd_scale", "ltdd_scale.*"]),
-    install_requires=["torch>=2.9", "torchvision>=0.24", "webdataset>=1.0", "pyyaml>=6", "numpy>=1.26", "pillow>=10", "scikit-learn>=1.4"],
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "webdataset>=1.0",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "scikit-learn>=1.4",
+    ],
     extras_require={
         # What a cluster adds; a laptop does without.
         "scale": ["deepspeed>=0.16", "nvidia-dali-cuda130", "submitit>=1.5"],

@@ -44,7 +44,13 @@ class ClassMoments:
     `see` ends when every layer has had its input.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], num_classes: int, device: torch.device, stop: bool = False):
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        num_classes: int,
+        device: torch.device,
+        stop: bool = False,
+    ):
         self.layers, self.num_classes, self.device, self.stop = layers, num_classes, device, stop
         self.moments: dict[str, Tensor] = {}  # [K, 1 + 2 · channels]: count, sums, sums of squares
         self._handles: list[Any] = []
@@ -57,17 +63,25 @@ class ClassMoments:
     @labels.setter
     def labels(self, labels: Tensor) -> None:
         self._labels = labels
-        self._classes, local = torch.unique(labels, return_inverse=True)  # once a batch, not once a layer: it waits for the device
+        self._classes, local = torch.unique(
+            labels, return_inverse=True
+        )  # once a batch, not once a layer: it waits for the device
         self._onehot = nn.functional.one_hot(local, len(self._classes)).double().T
 
     def _hook(self, name: str):
         def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
             if name not in self.moments:
-                self.moments[name] = torch.zeros(self.num_classes, 1 + 2 * x.shape[1], dtype=torch.float64, device=self.device)
+                self.moments[name] = torch.zeros(
+                    self.num_classes, 1 + 2 * x.shape[1], dtype=torch.float64, device=self.device
+                )
             sums, squares = position_sums(x)
-            positions = torch.full((len(x), 1), float(x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device)
-            self.moments[name][self._classes] += self._onehot @ torch.cat([positions, sums, squares], 1)
+            positions = torch.full(
+                (len(x), 1), float(x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device
+            )
+            self.moments[name][self._classes] += self._onehot @ torch.cat(
+                [positions, sums, squares], 1
+            )
             self._seen += 1
             if self.stop and self._seen == len(self.layers):
                 raise _Reached
@@ -80,7 +94,9 @@ class ClassMoments:
             model(x)
 
     def __enter__(self) -> ClassMoments:
-        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,17 +116,32 @@ def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
     return [*units, np.asarray(current)] if current else units
 
 
-def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, settings, context: Context, title: str, spec: ViewSpec, stop: bool = False) -> dict[str, Tensor]:
+def collect(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    images,
+    normalize,
+    settings,
+    context: Context,
+    title: str,
+    spec: ViewSpec,
+    stop: bool = False,
+) -> dict[str, Tensor]:
     """One pass over `images`, with `stop` up to the last of `layers`; the moments of every layer, complete on every rank."""
     ranks, num_classes = context.ranks, len(images.counts)
     units = class_units(images.counts, settings.batch_size)
-    mine = sampling.spread(np.asarray([images.counts[u].sum() for u in units]), ranks.world)[ranks.rank]
+    mine = sampling.spread(np.asarray([images.counts[u].sum() for u in units]), ranks.world)[
+        ranks.rank
+    ]
     order = np.argsort(images.labels, kind="stable")
     edges = np.concatenate([[0], np.cumsum(images.counts)])
     plans = []
     for u in mine:
         members = order[edges[units[u][0]] : edges[units[u][-1] + 1]]
-        plans += [(members[i : i + settings.batch_size], None) for i in range(0, len(members), settings.batch_size)]
+        plans += [
+            (members[i : i + settings.batch_size], None)
+            for i in range(0, len(members), settings.batch_size)
+        ]
     progress = context.progress(title, len(plans), "batches")
     with torch.inference_mode(), ClassMoments(layers, num_classes, ranks.device, stop) as found:
         # The layers' shapes are known after a forward pass; a rank without units must hold zeros of the same shapes.
@@ -130,7 +161,10 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], images, normalize, s
 def forward_order(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> list[str]:
     """Names of `layers` in the order in which a forward pass comes to them."""
     names: list[str] = []
-    handles = [layer.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        for name, layer in layers.items()
+    ]
     with torch.inference_mode():
         model(x)
     for handle in handles:
@@ -144,7 +178,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     saved = tensors.load(context.input("observer") / "weights.pt")
     model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     norms = registry.norm_layers(model)
-    statistics: dict[str, Any] = {"fair": config.strategies.calibrate, "batchnorm": list(norms), "moments": {}, "running": {}}
+    statistics: dict[str, Any] = {
+        "fair": config.strategies.calibrate,
+        "batchnorm": list(norms),
+        "moments": {},
+        "running": {},
+    }
     if config.strategies.calibrate:
         split = ShardSplit(context.input("shard"), "train")
         images = open_images(split, config, ranks.device)
@@ -152,13 +191,19 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         convs = registry.conv_layers(model) if settings.conv_inputs else {}
 
         def measure(layers: dict[str, nn.Module], title: str, stop: bool) -> dict[str, Tensor]:
-            return collect(model, layers, images, normalize, settings, context, title, ViewSpec(size), stop)
+            return collect(
+                model, layers, images, normalize, settings, context, title, ViewSpec(size), stop
+            )
 
         if settings.recalibrate:
             moments: dict[str, Tensor] = {}
             order = forward_order(model, norms, torch.zeros(1, 3, size, size, device=ranks.device))
             for number, name in enumerate(order, 1):
-                moments.update(measure({name: norms[name]}, f"calibrate, layer {number} of {len(order)}", stop=True))
+                moments.update(
+                    measure(
+                        {name: norms[name]}, f"calibrate, layer {number} of {len(order)}", stop=True
+                    )
+                )
                 mean, var = fair_statistics(moments[name], settings.variance)
                 norms[name].running_mean.copy_(mean)
                 norms[name].running_var.copy_(var)

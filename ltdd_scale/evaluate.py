@@ -37,18 +37,32 @@ def random_real(labels: np.ndarray, num_classes: int, ipc: int, seed: int) -> np
     for c in range(num_classes):
         generator = rng(seed, "random real", c)
         members = np.flatnonzero(labels == c)
-        chosen.append(np.concatenate([generator.permutation(members) for _ in range(-(-ipc // len(members)))])[:ipc])
+        chosen.append(
+            np.concatenate(
+                [generator.permutation(members) for _ in range(-(-ipc // len(members)))]
+            )[:ipc]
+        )
     return np.concatenate(chosen)
 
 
 def learning_rate(settings: Evaluate, done: float) -> float:
     """`done` in [0, 1): cosine to 0; cosine2: EDC's smooth schedule with ζ = 2, to half the rate; steps: halved at 80, 90 and 95 %."""
     if settings.schedule in ("cosine", "cosine2"):
-        return settings.lr * 0.5 * (1 + math.cos(math.pi * done / (2 if settings.schedule == "cosine2" else 1)))
+        return (
+            settings.lr
+            * 0.5
+            * (1 + math.cos(math.pi * done / (2 if settings.schedule == "cosine2" else 1)))
+        )
     return settings.lr * 0.5 ** sum(done >= mark for mark in (0.8, 0.9, 0.95))
 
 
-def student_loss(logits: torch.Tensor, classes: torch.Tensor, teacher: torch.Tensor | None, kappa_ce: float, kappa_mse: float) -> torch.Tensor:
+def student_loss(
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    teacher: torch.Tensor | None,
+    kappa_ce: float,
+    kappa_mse: float,
+) -> torch.Tensor:
     """κ1 · CE(s(x), y) + κ2 · MSE(s(x), teacher logits); the plain cross-entropy where there are no soft labels.
 
     `classes` float [b, C] are the mixed classes, `teacher` float [b, C] the logits.
@@ -58,15 +72,33 @@ def student_loss(logits: torch.Tensor, classes: torch.Tensor, teacher: torch.Ten
 
 
 def train_student(
-    student: nn.Module, images, labels: softlabels.Labels, teacher, normalize, spec: ViewSpec, settings: Evaluate, epochs: int, seed: str, context: Context, title: str
+    student: nn.Module,
+    images,
+    labels: softlabels.Labels,
+    teacher,
+    normalize,
+    spec: ViewSpec,
+    settings: Evaluate,
+    epochs: int,
+    seed: str,
+    context: Context,
+    title: str,
 ):
     """Train on `images` (anything with `stream`, `sizes`, `labels`); return the averaged network and the loss of each epoch."""
     ranks, n = context.ranks, len(images.labels)
     steps = -(-n // settings.batch_size)
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
     else:
-        optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
+        optimizer = torch.optim.SGD(
+            student.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
     average = copy.deepcopy(student).requires_grad_(False)
     history: list[float] = []
     taken, total = 0, torch.zeros((), device=ranks.device)  # steps; the sum of this epoch's losses
@@ -84,9 +116,16 @@ def train_student(
     while taken < steps * epochs:
         epoch, first = divmod(taken, steps)
         order = rng(seed, "student order", epoch).permutation(n)
-        batches = [order[i : i + settings.batch_size] for i in range(first * settings.batch_size, n, settings.batch_size)]
-        drawn = softlabels.draw_epoch(spec, images.sizes, *labels.view_key(seed, epoch), settings.cutmix)
-        for indices, x in zip(batches, softlabels.render(images, drawn, batches, spec, normalize), strict=True):
+        batches = [
+            order[i : i + settings.batch_size]
+            for i in range(first * settings.batch_size, n, settings.batch_size)
+        ]
+        drawn = softlabels.draw_epoch(
+            spec, images.sizes, *labels.view_key(seed, epoch), settings.cutmix
+        )
+        for indices, x in zip(
+            batches, softlabels.render(images, drawn, batches, spec, normalize), strict=True
+        ):
             torch.manual_seed(torch_seed(seed, "dropout", taken))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, (epoch + taken % steps / steps) / epochs)
@@ -100,7 +139,11 @@ def train_student(
             loss.backward()
             optimizer.step()
             # The average warms up, so that short trainings are not judged on their initial weights.
-            registry.update_ema(average, student, min(settings.ema, (1 + taken) / (10 + taken)) if settings.ema else 0.0)
+            registry.update_ema(
+                average,
+                student,
+                min(settings.ema, (1 + taken) / (10 + taken)) if settings.ema else 0.0,
+            )
             total += loss.detach() / steps
             taken += 1
             if taken % steps == 0:
@@ -108,7 +151,13 @@ def train_student(
                 total.zero_()
                 progress.update(epoch + 1, f"loss {history[-1]:.3f}")
             if signals.requested() or checkpoints.due():
-                state = {"student": student.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "total": total}
+                state = {
+                    "student": student.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history,
+                    "total": total,
+                }
                 checkpoints.save(taken, state, wait=signals.requested())
                 signals.check()
     checkpoints.wait()
@@ -132,15 +181,35 @@ def metrics(logits: torch.Tensor, labels: np.ndarray, groups: list[str]) -> dict
     """top1, top5, class_std (over classes, population), many/medium/few, per_class: all in per cent; groups without classes are None."""
     target = torch.from_numpy(labels)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target[:, None]
-    per_class = np.asarray([float(ranked[target == c, 0].float().mean()) * 100 for c in range(logits.shape[1])])
-    out: dict[str, Any] = {"top1": float(ranked[:, 0].float().mean()) * 100, "top5": float(ranked.any(1).float().mean()) * 100, "class_std": float(per_class.std())}
+    per_class = np.asarray(
+        [float(ranked[target == c, 0].float().mean()) * 100 for c in range(logits.shape[1])]
+    )
+    out: dict[str, Any] = {
+        "top1": float(ranked[:, 0].float().mean()) * 100,
+        "top5": float(ranked.any(1).float().mean()) * 100,
+        "class_std": float(per_class.std()),
+    }
     for group in GROUPS:
         members = [c for c, g in enumerate(groups) if g == group]
         out[group] = float(per_class[members].mean()) if members else None
-    return {**{k: None if v is None else round(v, 3) for k, v in out.items()}, "per_class": per_class.round(2).tolist()}
+    return {
+        **{k: None if v is None else round(v, 3) for k, v in out.items()},
+        "per_class": per_class.round(2).tolist(),
+    }
 
 
-def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Config, context: Context, split: ShardSplit, epochs: int) -> softlabels.Labels:
+def _labels(
+    kind: str,
+    which: str,
+    images,
+    teacher,
+    normalize,
+    spec,
+    config: Config,
+    context: Context,
+    split: ShardSplit,
+    epochs: int,
+) -> softlabels.Labels:
     """The labels of a set: relabel's own where they are of this kind, else made here in the same way."""
     ranks, num_classes = context.ranks, len(split.classes)
     settings, made = config.relabel, None
@@ -151,14 +220,24 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
         if made:
             tau = made["tau"]
         else:
-            tau = softlabels.adsa_tau(softlabels.single_logits(images, teacher, normalize, spec, settings.batch_size, None, ranks), images.labels, split.counts)
+            tau = softlabels.adsa_tau(
+                softlabels.single_logits(
+                    images, teacher, normalize, spec, settings.batch_size, None, ranks
+                ),
+                images.labels,
+                split.counts,
+            )
         shift = softlabels.shift_of(tau, split.counts, ranks.device)
     seed, table = f"labels {config.seed}", None
     if kind == "single":
         if made:
-            table = torch.from_numpy(arrays.load(context.input("relabel") / "single.npy")).to(ranks.device)
+            table = torch.from_numpy(arrays.load(context.input("relabel") / "single.npy")).to(
+                ranks.device
+            )
         else:
-            table = softlabels.single_logits(images, teacher, normalize, spec, settings.batch_size, shift, ranks)
+            table = softlabels.single_logits(
+                images, teacher, normalize, spec, settings.batch_size, shift, ranks
+            )
     elif kind == "stored":
         count = made["epochs"] if made else settings.epochs or epochs
         if made:
@@ -166,7 +245,9 @@ def _labels(kind: str, which: str, images, teacher, normalize, spec, config: Con
         else:
             make = (images, teacher, normalize, spec, seed)
             rest = (config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)
-            table = softlabels.MadeWhenAsked(count, lambda e: softlabels.store_epoch(*make, e, *rest))
+            table = softlabels.MadeWhenAsked(
+                count, lambda e: softlabels.store_epoch(*make, e, *rest)
+            )
     return softlabels.Labels(kind, images.labels, num_classes, ranks.device, seed, table, shift)
 
 
@@ -182,7 +263,11 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
         chosen = random_real(split.labels, num_classes, config.ipc, unit["seed"])
         plans = [(part, None) for part in np.split(chosen, range(256, len(chosen), 256))]
         parts = stream_images(split, config, ranks.device).stream(plans, ViewSpec(size))
-        images = MemoryImages(np.concatenate([arrays.to_uint8(part) for part in parts]), split.labels[chosen], ranks.device)
+        images = MemoryImages(
+            np.concatenate([arrays.to_uint8(part) for part in parts]),
+            split.labels[chosen],
+            ranks.device,
+        )
     else:
         folder = context.input("recover" if which == "distilled" else "initialize")
         images = MemoryImages(*arrays.load_classes(folder, num_classes), ranks.device)
@@ -190,19 +275,31 @@ def run_student(unit: dict[str, Any], config: Config, context: Context) -> dict[
     teacher = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     spec = softlabels.view_spec(settings, size, config.data.mirror)
     epochs = settings.full_epochs if which == "full" else settings.epochs
-    labels = _labels(unit["labels"], which, images, teacher, normalize, spec, config, context, split, epochs)
+    labels = _labels(
+        unit["labels"], which, images, teacher, normalize, spec, config, context, split, epochs
+    )
     seed, expert = f"student {unit['seed']}", config.teacher
-    build = lambda: registry.Student(registry.backbone(unit["net"], expert.width, expert.norm, size), num_classes)  # noqa: E731
+    build = lambda: registry.Student(
+        registry.backbone(unit["net"], expert.width, expert.norm, size), num_classes
+    )  # noqa: E731
     student = ranks.to_device(registry.seeded(build, seed, "weights"))
     title = f"{which} {unit['labels']} {unit['net']} seed {unit['seed']}"
-    average, history = train_student(student, images, labels, teacher, normalize, spec, settings, epochs, seed, context, title)
+    average, history = train_student(
+        student, images, labels, teacher, normalize, spec, settings, epochs, seed, context, title
+    )
     held = ShardSplit(context.input("shard"), settings.split)
     test = open_images(held, config, ranks.device)
-    result = metrics(predict(average, test, normalize, ranks), held.labels, split.manifest["groups"])
+    result = metrics(
+        predict(average, test, normalize, ranks), held.labels, split.manifest["groups"]
+    )
     if not math.isfinite(history[-1]):
-        raise UserError(f"{title}: the loss is {history[-1]}; lower evaluate.lr (it is {settings.lr})")
+        raise UserError(
+            f"{title}: the loss is {history[-1]}; lower evaluate.lr (it is {settings.lr})"
+        )
     row = {**unit, "ipc": None if which == "full" else config.ipc, **result}
-    files.write_json(context.out / "result.json", {"row": row, "loss": [round(v, 5) for v in history]})
+    files.write_json(
+        context.out / "result.json", {"row": row, "loss": [round(v, 5) for v in history]}
+    )
     return {"top1": result["top1"], "class_std": result["class_std"]}
 
 
@@ -213,11 +310,19 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells.setdefault((row["set"], row["labels"], row["net"]), []).append(row)
     out = []
     for (which, kind, net), members in cells.items():
-        entry: dict[str, Any] = {"set": which, "labels": kind, "net": net, "ipc": members[0]["ipc"], "num_seeds": len(members)}
+        entry: dict[str, Any] = {
+            "set": which,
+            "labels": kind,
+            "net": net,
+            "ipc": members[0]["ipc"],
+            "num_seeds": len(members),
+        }
         for number in NUMBERS:
             values = [m[number] for m in members if m[number] is not None]
             entry[number] = round(float(np.mean(values)), 2) if values else None
-            entry[f"{number}_std"] = round(float(np.std(values, ddof=1)), 2) if len(values) > 1 else None
+            entry[f"{number}_std"] = (
+                round(float(np.std(values, ddof=1)), 2) if len(values) > 1 else None
+            )
         entry["per_class"] = np.mean([m["per_class"] for m in members], 0).round(2).tolist()
         out.append(entry)
     return out
@@ -228,12 +333,23 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     ranks = context.ranks
     if not ranks.first:
         return {}
-    found = [files.read_json(folder / "result.json") for name, folder in context.inputs.items() if name.startswith("student/")]
+    found = [
+        files.read_json(folder / "result.json")
+        for name, folder in context.inputs.items()
+        if name.startswith("student/")
+    ]
     rows = [f["row"] for f in found]
     kind = config.relabel.labels
-    shown = [r for r in rows if r["set"] == "full" or (r["labels"] == kind and r["set"] in ("distilled", "random"))]
+    shown = [
+        r
+        for r in rows
+        if r["set"] == "full" or (r["labels"] == kind and r["set"] in ("distilled", "random"))
+    ]
     saved = tensors.load(context.input("teacher") / "weights.pt")
-    split, held = ShardSplit(context.input("shard"), "train"), ShardSplit(context.input("shard"), config.evaluate.split)
+    split, held = (
+        ShardSplit(context.input("shard"), "train"),
+        ShardSplit(context.input("shard"), config.evaluate.split),
+    )
     normalize = normalizer(split.mean, split.std, ranks.device)
     images = open_images(held, config, ranks.device)
     experts = {}
@@ -244,13 +360,27 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     ):
         saved = tensors.load(path)
         model = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
-        experts[role] = {"net": saved["recipe"]["net"], **metrics(predict(model, images, normalize, ranks), held.labels, split.manifest["groups"])}
-    curves = {f"{r['set']} {r['labels']} {r['net']}": f["loss"] for r, f in zip(rows, found, strict=True) if r["seed"] == config.seed}
+        experts[role] = {
+            "net": saved["recipe"]["net"],
+            **metrics(
+                predict(model, images, normalize, ranks), held.labels, split.manifest["groups"]
+            ),
+        }
+    curves = {
+        f"{r['set']} {r['labels']} {r['net']}": f["loss"]
+        for r, f in zip(rows, found, strict=True)
+        if r["seed"] == config.seed
+    }
     files.write_json(
         context.out / "results.json",
         {
             "rows": shown,
-            "summary": {"split": config.evaluate.split, "labels": kind, "students": summarize(rows), "experts": experts},
+            "summary": {
+                "split": config.evaluate.split,
+                "labels": kind,
+                "students": summarize(rows),
+                "experts": experts,
+            },
             "matrix": rows if config.evaluate.matrix else [],
             "loss_curves": curves,
         },

@@ -24,7 +24,11 @@ from ltdd_scale.runtime import files
 def folder_names(classes: list[str]) -> list[str]:
     """Class folders whose sorted order, which ImageFolder uses, is the label order."""
     plain = [c.replace("/", "_").replace(" ", "_") or "_" for c in classes]
-    return plain if plain == sorted(plain) and len(set(plain)) == len(plain) else [f"{k:05d}_{c}" for k, c in enumerate(plain)]
+    return (
+        plain
+        if plain == sorted(plain) and len(set(plain)) == len(plain)
+        else [f"{k:05d}_{c}" for k, c in enumerate(plain)]
+    )
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -33,11 +37,17 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _distilled(config: Config, nodes: dict, store: Path, split: ShardSplit, out: Path, results: dict[str, Any]) -> None:
+def _distilled(
+    config: Config, nodes: dict, store: Path, split: ShardSplit, out: Path, results: dict[str, Any]
+) -> None:
     """Write the distilled set beside its place, then swap it in."""
     fresh = out / ".distilled.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    names, recovered, relabelled = folder_names(split.classes), nodes["recover"].folder(store), nodes["relabel"].folder(store)
+    names, recovered, relabelled = (
+        folder_names(split.classes),
+        nodes["recover"].folder(store),
+        nodes["relabel"].folder(store),
+    )
     digests: dict[str, str] = {}
 
     def put(name: str, content: bytes) -> None:
@@ -82,7 +92,9 @@ def _distilled(config: Config, nodes: dict, store: Path, split: ShardSplit, out:
 
 
 def _card(config: Config, split: ShardSplit, names: list[str], results: dict[str, Any]) -> str:
-    listed = ", ".join(names[:20]) + (f", … ({len(names)} in all, in set.json)" if len(names) > 20 else "")
+    listed = ", ".join(names[:20]) + (
+        f", … ({len(names)} in all, in set.json)" if len(names) > 20 else ""
+    )
     mean, std = ([round(v, 4) for v in values] for values in (split.mean, split.std))
     counts = split.counts
     return f"""# {config.name}: a distilled, class-balanced image set

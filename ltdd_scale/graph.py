@@ -19,8 +19,26 @@ from ltdd_scale.config import Config, to_dict
 from ltdd_scale.runtime import files
 
 # Raised when a stage's results change for the same settings: what was made before is then stale.
-VERSIONS = {"shard": 2, "experts": 2, "calibrate": 3, "initialize": 1, "recover": 3, "relabel": 2, "student": 3, "evaluate": 1}
-STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "evaluate")
+VERSIONS = {
+    "shard": 2,
+    "experts": 2,
+    "calibrate": 3,
+    "initialize": 1,
+    "recover": 3,
+    "relabel": 2,
+    "student": 3,
+    "evaluate": 1,
+}
+STAGES = (
+    "shard",
+    "observer",
+    "teacher",
+    "calibrate",
+    "initialize",
+    "recover",
+    "relabel",
+    "evaluate",
+)
 SETS = ("random", "initial", "distilled")
 LABELS = ("online", "stored", "single", "hard")
 
@@ -53,7 +71,11 @@ def units(config: Config) -> list[dict[str, Any]]:
             cells.append(("full", "hard" if kind == "hard" else "online"))
         if settings.matrix:
             cells += [(s, y) for s in SETS for y in LABELS if (s, y) not in cells]
-        out += [{"set": s, "labels": y, "net": net, "seed": config.seed + k} for s, y in cells for k in range(settings.seeds)]
+        out += [
+            {"set": s, "labels": y, "net": net, "seed": config.seed + k}
+            for s, y in cells
+            for k in range(settings.seeds)
+        ]
     return out
 
 
@@ -68,14 +90,24 @@ def graph(config: Config) -> dict[str, Node]:
         "loader": config.data.loader,
         "precision": config.runtime.precision,
     }
-    data = {k: v for k, v in c["data"].items() if k not in ("resolution", "mirror", "memory_gb", "loader")}
-    judged = {k: v for k, v in c["evaluate"].items() if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")}
+    data = {
+        k: v
+        for k, v in c["data"].items()
+        if k not in ("resolution", "mirror", "memory_gb", "loader")
+    }
+    judged = {
+        k: v
+        for k, v in c["evaluate"].items()
+        if k not in ("nets", "seeds", "random", "matrix", "epochs", "full_epochs")
+    }
     training = {k: v for k, v in c["train"].items() if k != "deepspeed"}
     if config.train.engine == "deepspeed" and Path(config.train.deepspeed).exists():
         training["deepspeed"] = files.read_json(config.train.deepspeed)
     nodes: dict[str, Node] = {}
 
-    def add(name: str, stage: str, work: Any, reads: dict, inputs: list[str], effort: float = 1.0) -> None:
+    def add(
+        name: str, stage: str, work: Any, reads: dict, inputs: list[str], effort: float = 1.0
+    ) -> None:
         node = Node(name, stage, work, reads, inputs, effort=effort)
         above = {i: nodes[i].fingerprint for i in inputs}
         text = json.dumps([stage, VERSIONS[stage], reads, above], sort_keys=True)
@@ -84,10 +116,27 @@ def graph(config: Config) -> dict[str, Node]:
 
     add("shard", "shard", None, data, [])
     for role in ("observer", "teacher"):
-        reads = {"role": role, role: c[role], "debias": config.strategies.debias, "train": training, **net}
+        reads = {
+            "role": role,
+            role: c[role],
+            "debias": config.strategies.debias,
+            "train": training,
+            **net,
+        }
         add(role, "experts", role, reads, ["shard"])
-    add("calibrate", "calibrate", None, {"on": config.strategies.calibrate, **c["calibrate"], **net}, ["shard", "observer"])
-    reads = {"confident": config.strategies.confident_init, "ipc": config.ipc, **c["initialize"], **net}
+    add(
+        "calibrate",
+        "calibrate",
+        None,
+        {"on": config.strategies.calibrate, **c["calibrate"], **net},
+        ["shard", "observer"],
+    )
+    reads = {
+        "confident": config.strategies.confident_init,
+        "ipc": config.ipc,
+        **c["initialize"],
+        **net,
+    }
     add("initialize", "initialize", None, reads, ["shard", "teacher"])
     add(
         "recover",
@@ -96,28 +145,61 @@ def graph(config: Config) -> dict[str, Node]:
         {"ipc": config.ipc, "variance": config.calibrate.variance, **c["recover"], **net},
         ["shard", "calibrate", "initialize", *(["teacher"] * (config.recover.teacher_ce > 0))],
     )
-    reads = {"relabel": c["relabel"], **net, "views": {**judged, "epochs": config.evaluate.epochs} if config.relabel.labels == "stored" else {}}
+    reads = {
+        "relabel": c["relabel"],
+        **net,
+        "views": {**judged, "epochs": config.evaluate.epochs}
+        if config.relabel.labels == "stored"
+        else {},
+    }
     add("relabel", "relabel", None, reads, ["shard", "teacher", "recover"])
     students = []
     for unit in units(config):
         which = unit["set"]
-        inputs = ["shard", "teacher", *{"distilled": ["recover"], "initial": ["initialize"]}.get(which, [])]
+        inputs = [
+            "shard",
+            "teacher",
+            *{"distilled": ["recover"], "initial": ["initialize"]}.get(which, []),
+        ]
         if which == "distilled" and unit["labels"] == config.relabel.labels:
             inputs.append("relabel")
         # Only what this kind of label depends on: a change of the stored labels' settings leaves students with others alone.
-        soft = {"online": ("adjust", "batch_size"), "single": ("adjust", "batch_size"), "stored": ("adjust", "batch_size", "topk", "epochs"), "hard": ()}
+        soft = {
+            "online": ("adjust", "batch_size"),
+            "single": ("adjust", "batch_size"),
+            "stored": ("adjust", "batch_size", "topk", "epochs"),
+            "hard": (),
+        }
         made = {k: c["relabel"][k] for k in soft[unit["labels"]]}
         epochs = config.evaluate.full_epochs if which == "full" else config.evaluate.epochs
-        shape = {"width": config.teacher.width, "norm": config.teacher.norm, "ipc": None if which == "full" else config.ipc}
-        reads = {"unit": unit, "evaluate": {**judged, "epochs": epochs}, "relabel": made, **shape, **net}
+        shape = {
+            "width": config.teacher.width,
+            "norm": config.teacher.norm,
+            "ipc": None if which == "full" else config.ipc,
+        }
+        reads = {
+            "unit": unit,
+            "evaluate": {**judged, "epochs": epochs},
+            "relabel": made,
+            **shape,
+            **net,
+        }
         name = f"student/{which}-{unit['labels']}-{unit['net']}-s{unit['seed']}"
         add(name, "student", unit, reads, inputs, effort=epochs)
         students.append(name)
-    add("evaluate", "evaluate", None, {"labels": config.relabel.labels, **c["evaluate"]}, ["shard", "observer", "teacher", "calibrate", *students])
+    add(
+        "evaluate",
+        "evaluate",
+        None,
+        {"labels": config.relabel.labels, **c["evaluate"]},
+        ["shard", "observer", "teacher", "calibrate", *students],
+    )
     return nodes
 
 
-def needed(nodes: dict[str, Node], targets: list[str], missing: set[str] | None = None) -> list[str]:
+def needed(
+    nodes: dict[str, Node], targets: list[str], missing: set[str] | None = None
+) -> list[str]:
     """`targets` and all that they depend on, in order; of `missing` nodes only, where given: what a finished node reads need not be there."""
     want: set[str] = set()
 
@@ -134,7 +216,11 @@ def needed(nodes: dict[str, Node], targets: list[str], missing: set[str] | None 
 
 def goals(nodes: dict[str, Node], targets: list[str], part: tuple[int, int] | None) -> list[str]:
     """The nodes that a command works towards: a part of "evaluate" is a share of the students, and no verdict over them."""
-    return [n for n, node in nodes.items() if node.stage == "student"] if part and targets == ["evaluate"] else targets
+    return (
+        [n for n, node in nodes.items() if node.stage == "student"]
+        if part and targets == ["evaluate"]
+        else targets
+    )
 
 
 def complete(folder: Path) -> dict[str, Any] | None:

@@ -41,13 +41,26 @@ def select(scores: np.ndarray, ipc: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(images, int), np.asarray(crops, int)
 
 
-def _draws(spec: ViewSpec, images, members: np.ndarray, crops: int, seed: int, label: int, attempt: int):
+def _draws(
+    spec: ViewSpec, images, members: np.ndarray, crops: int, seed: int, label: int, attempt: int
+):
     """`crops` views of each member, keyed by (seed, class, attempt): all of one image together."""
-    return spec.draw(rng(seed, "initial crops", label, attempt), np.repeat(images.sizes[members], crops, 0))
+    return spec.draw(
+        rng(seed, "initial crops", label, attempt), np.repeat(images.sizes[members], crops, 0)
+    )
 
 
 @torch.no_grad()
-def _confident(label: int, members: np.ndarray, images, teacher, normalize, spec: ViewSpec, config: Config, ranks) -> tuple[np.ndarray, list[dict]]:
+def _confident(
+    label: int,
+    members: np.ndarray,
+    images,
+    teacher,
+    normalize,
+    spec: ViewSpec,
+    config: Config,
+    ranks,
+) -> tuple[np.ndarray, list[dict]]:
     """IPC crops of one class, uint8 [IPC, 3, R, R], and where they come from."""
     settings, ipc = config.initialize, config.ipc
     chosen: list[np.ndarray] = []
@@ -56,7 +69,10 @@ def _confident(label: int, members: np.ndarray, images, teacher, normalize, spec
     while len(chosen) < ipc:  # each attempt adds min(ipc, images × crops) ≥ 1: it ends
         views = _draws(spec, images, members, settings.crops, config.seed, label, attempt)
         repeated = np.repeat(members, settings.crops)
-        plans = [(repeated[i : i + settings.batch_size], views[i : i + settings.batch_size]) for i in range(0, len(repeated), settings.batch_size)]
+        plans = [
+            (repeated[i : i + settings.batch_size], views[i : i + settings.batch_size])
+            for i in range(0, len(repeated), settings.batch_size)
+        ]
         scores = []
         for (indices, _), x in zip(plans, images.stream(plans, spec), strict=True):
             with ranks.autocast():
@@ -86,14 +102,19 @@ def _confident(label: int, members: np.ndarray, images, teacher, normalize, spec
     return np.stack(chosen), provenance
 
 
-def _random(label: int, members: np.ndarray, images, spec: ViewSpec, config: Config) -> tuple[np.ndarray, list[dict]]:
+def _random(
+    label: int, members: np.ndarray, images, spec: ViewSpec, config: Config
+) -> tuple[np.ndarray, list[dict]]:
     """IPC random crops of random images, every image once before any a second time."""
     generator = rng(config.seed, "random init", label)
     passes = -(-config.ipc // len(members))
     picked = np.concatenate([generator.permutation(members) for _ in range(passes)])[: config.ipc]
     views = spec.draw(generator, images.sizes[picked])
     x = next(iter(images.stream([(picked, views)], spec)))
-    rows = [{"image": int(i), "window": [round(float(v), 6) for v in w], "mirrored": bool(m)} for i, w, m in zip(picked, views.windows, views.mirrored, strict=True)]
+    rows = [
+        {"image": int(i), "window": [round(float(v), 6) for v in w], "mirrored": bool(m)}
+        for i, w, m in zip(picked, views.windows, views.mirrored, strict=True)
+    ]
     return arrays.to_uint8(x), rows
 
 
@@ -114,10 +135,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     progress = context.progress("initialize", len(mine), "classes")
     for k, label in enumerate(mine):
         table = context.out / f"{label:05d}.json"
-        if not table.exists():  # written after the images: both are there, or the class is done again
+        if (
+            not table.exists()
+        ):  # written after the images: both are there, or the class is done again
             members = np.flatnonzero(split.labels == label)
             if config.strategies.confident_init:
-                pixels, provenance = _confident(label, members, images, teacher, normalize, spec, config, ranks)
+                pixels, provenance = _confident(
+                    label, members, images, teacher, normalize, spec, config, ranks
+                )
             else:
                 pixels, provenance = _random(label, members, images, spec, config)
             for row in provenance:
@@ -126,5 +151,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             files.write_json(table, provenance)
         progress.update(k + 1)
     ranks.barrier()
-    attempts = [max((row.get("attempt", 0) for row in files.read_json(context.out / f"{c:05d}.json")), default=0) for c in range(len(split.classes))]
+    attempts = [
+        max(
+            (row.get("attempt", 0) for row in files.read_json(context.out / f"{c:05d}.json")),
+            default=0,
+        )
+        for c in range(len(split.classes))
+    ]
     return {"classes needing further crops": sum(a > 0 for a in attempts)}

@@ -31,7 +31,11 @@ svg text{font:11px system-ui,sans-serif;fill:#334155}details summary{cursor:poin
 
 
 def _markdown_table(text: str) -> str:
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if not line.startswith("|--")]
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if not line.startswith("|--")
+    ]
     out = ["<table><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in rows[0]) + "</tr>"]
     for r in rows[1:]:
         main = ' class="main"' if r[0] == "distilled" else ""
@@ -63,8 +67,12 @@ def bars(classes: list[str], counts: np.ndarray, series: dict[str, list[float]])
         )
     scale = np.log10(np.maximum(counts[order], 1)) / max(np.log10(counts.max()), 1e-9) * 100
     line = " ".join(f"{left + (i + 0.5) * step:.1f},{y(v):.1f}" for i, v in enumerate(scale))
-    out.append(f'<polyline points="{line}" fill="none" stroke="#94a3b8" stroke-width="1.5" stroke-dasharray="4 3"/>')
-    out.append(f'<text x="{width - 12}" y="{height + 29}" text-anchor="end">dashed: training images a class, log scale, {counts.max()} … {counts.min()}</text>')
+    out.append(
+        f'<polyline points="{line}" fill="none" stroke="#94a3b8" stroke-width="1.5" stroke-dasharray="4 3"/>'
+    )
+    out.append(
+        f'<text x="{width - 12}" y="{height + 29}" text-anchor="end">dashed: training images a class, log scale, {counts.max()} … {counts.min()}</text>'
+    )
     if len(classes) <= 40:
         for i, c in enumerate(order):
             x = left + (i + 0.5) * step
@@ -87,15 +95,23 @@ def curves(series: dict[str, list[float]], unit: str) -> str:
     for k in range(5):
         v = low + (high - low) * k / 4
         y = 10 + (height - 40) * (1 - k / 4)
-        out.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e8f0"/><text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{v:.3g}</text>')
+        out.append(
+            f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e8f0"/><text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{v:.3g}</text>'
+        )
     for k, (name, values) in enumerate(series.items()):
-        shown = np.asarray(values)[np.linspace(0, len(values) - 1, min(len(values), 200)).astype(int)]
+        shown = np.asarray(values)[
+            np.linspace(0, len(values) - 1, min(len(values), 200)).astype(int)
+        ]
         xs = left + (width - left - 8) * np.linspace(0, 1, len(shown))
         ys = 10 + (height - 40) * (1 - (np.clip(shown, low, high) - low) / (high - low))
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
-        out.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[k % 8]}" stroke-width="1.4"/>')
+        out.append(
+            f'<polyline points="{points}" fill="none" stroke="{COLOURS[k % 8]}" stroke-width="1.4"/>'
+        )
         y = height - 4 + 16 * k
-        out.append(f'<rect x="{left}" y="{y - 9}" width="11" height="11" fill="{COLOURS[k % 8]}"/><text x="{left + 16}" y="{y}">{html.escape(name)} ({len(values)} {unit})</text>')
+        out.append(
+            f'<rect x="{left}" y="{y - 9}" width="11" height="11" fill="{COLOURS[k % 8]}"/><text x="{left + 16}" y="{y}">{html.escape(name)} ({len(values)} {unit})</text>'
+        )
     return "".join(out) + "</svg>"
 
 
@@ -105,7 +121,9 @@ def contact_sheet(kinds: list[np.ndarray], scale: int) -> str:
     for parts in zip(*kinds, strict=True):
         strips = []
         for p in parts:
-            strip = np.concatenate([np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=255) for image in p], 2)
+            strip = np.concatenate(
+                [np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=255) for image in p], 2
+            )
             strips += [strip, np.full((3, strip.shape[1], 10), 255, np.uint8)]
         rows.append(np.concatenate(strips[:-1], 2))
     sheet = Image.fromarray(np.ascontiguousarray(np.concatenate(rows, 1).transpose(1, 2, 0)))
@@ -128,26 +146,59 @@ def _sheets(config: Config, nodes: dict, store: Path, split: ShardSplit) -> str:
     real, initial, recovered = [], [], []
     for c in shown:
         members = np.flatnonzero(split.labels == c)[:n]
-        real.append(fill(np.stack([np.asarray(square(split.image(int(i)), size)).transpose(2, 0, 1) for i in members])))
-        initial.append(fill(arrays.load(arrays.class_file(nodes["initialize"].folder(store), int(c)))))
-        recovered.append(fill(arrays.load(arrays.class_file(nodes["recover"].folder(store), int(c)))))
+        real.append(
+            fill(
+                np.stack(
+                    [
+                        np.asarray(square(split.image(int(i)), size)).transpose(2, 0, 1)
+                        for i in members
+                    ]
+                )
+            )
+        )
+        initial.append(
+            fill(arrays.load(arrays.class_file(nodes["initialize"].folder(store), int(c))))
+        )
+        recovered.append(
+            fill(arrays.load(arrays.class_file(nodes["recover"].folder(store), int(c))))
+        )
     names = ", ".join(f"{split.classes[c]} ({split.counts[c]})" for c in shown)
     scale = max(1, round(900 / (3 * n * (size + 2) + 20))) if size <= 64 else 1
     note = f'<p class="note">A row a class, from head to tail: {html.escape(names)}. Left to right: real, initial, recovered.</p>'
     return note + contact_sheet([real, initial, recovered], scale)
 
 
-def render(config: Config, nodes: dict, store: Path, split: ShardSplit, results: dict[str, Any], matrix: str) -> str:
+def render(
+    config: Config,
+    nodes: dict,
+    store: Path,
+    split: ShardSplit,
+    results: dict[str, Any],
+    matrix: str,
+) -> str:
     summary = results["summary"]
     kind, counts = summary["labels"], split.counts
     main = table({**results, "matrix": []})
     net = config.evaluate.nets[0] if config.evaluate.nets else config.teacher.net
     cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
-    shown = {SHOWN[s]: cells[s, y, net]["per_class"] for s, y in (("distilled", kind), ("random", kind), ("full", "online"), ("full", "hard")) if (s, y, net) in cells}
+    shown = {
+        SHOWN[s]: cells[s, y, net]["per_class"]
+        for s, y in (("distilled", kind), ("random", kind), ("full", "online"), ("full", "hard"))
+        if (s, y, net) in cells
+    }
     shown["teacher"] = summary["experts"]["teacher"]["per_class"]
-    experts = {r: [e["loss"] for e in files.read_json(nodes[r].folder(store) / "log.json")] for r in ("observer", "teacher")}
-    students = {k: v for k, v in results["loss_curves"].items() if k.split(" ")[1] in (kind, "online", "hard") and k.split(" ")[2] == net}
-    students = {k: v for k, v in students.items() if k.split(" ")[0] == "full" or k.split(" ")[1] == kind}
+    experts = {
+        r: [e["loss"] for e in files.read_json(nodes[r].folder(store) / "log.json")]
+        for r in ("observer", "teacher")
+    }
+    students = {
+        k: v
+        for k, v in results["loss_curves"].items()
+        if k.split(" ")[1] in (kind, "online", "hard") and k.split(" ")[2] == net
+    }
+    students = {
+        k: v for k, v in students.items() if k.split(" ")[0] == "full" or k.split(" ")[1] == kind
+    }
     stages, seconds = [], 0.0
     for name, node in nodes.items():
         record = files.read_json(node.folder(store) / "stage.json")
@@ -155,11 +206,28 @@ def render(config: Config, nodes: dict, store: Path, split: ShardSplit, results:
             seconds += record["seconds"]
             continue
         facts = ", ".join(f"{k} {v}" for k, v in record["facts"].items())
-        stages.append((name, duration(record["seconds"]), f"{record['ranks']} × {record['device']}", facts))
-    stages.insert(-1, ("students", f"{duration(seconds)} of one rank", "", f"{len(summary['students'])} cells × {config.evaluate.seeds} seeds"))
+        stages.append(
+            (name, duration(record["seconds"]), f"{record['ranks']} × {record['device']}", facts)
+        )
+    stages.insert(
+        -1,
+        (
+            "students",
+            f"{duration(seconds)} of one rank",
+            "",
+            f"{len(summary['students'])} cells × {config.evaluate.seeds} seeds",
+        ),
+    )
     software = files.read_json(nodes["evaluate"].folder(store) / "stage.json")["software"]
-    timing = "".join(f"<tr>{''.join(f'<td class=t>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in stages)
-    online = '<p class="note">With online labels the teacher sees every view, so almost any images will do: read this column beside the others.</p>' if kind == "online" else ""
+    timing = "".join(
+        f"<tr>{''.join(f'<td class=t>{html.escape(str(c))}</td>' for c in row)}</tr>"
+        for row in stages
+    )
+    online = (
+        '<p class="note">With online labels the teacher sees every view, so almost any images will do: read this column beside the others.</p>'
+        if kind == "online"
+        else ""
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(config.name)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(config.name)}</h1>
 <p class="note">{config.ipc} images a class for {len(counts)} classes, from {counts.sum():,} long-tailed images ({counts.max()} … {counts.min()} a class); {config.data.resolution} px; {html.escape(kind)} labels;

@@ -37,14 +37,31 @@ def _run_shard(config: Config, context: Context) -> dict[str, Any]:
         manifest = shards.adopt(Path(data.path), context.out, context.quiet)
     else:
         name = "set" if data.source != "digits" else "digits"
-        manifest = shards.write(context.out, name, sources.open_source(data), data.shard_images, data.store_resolution, quiet=context.quiet, quality=data.store_quality)
+        manifest = shards.write(
+            context.out,
+            name,
+            sources.open_source(data),
+            data.shard_images,
+            data.store_resolution,
+            quiet=context.quiet,
+            quality=data.store_quality,
+        )
     counts = manifest["splits"]["train"]["counts"]
-    context.say(f"shard: {sum(counts)} training images of {len(counts)} classes, {max(counts)} … {min(counts)} a class")
+    context.say(
+        f"shard: {sum(counts)} training images of {len(counts)} classes, {max(counts)} … {min(counts)} a class"
+    )
     if manifest["notes"].get("official ImageNet-LT") == "yes":
         context.say("shard: the training list is the official one of ImageNet-LT")
     if manifest["quarantined"]:
-        context.say(f"shard: {manifest['quarantined']} images do not decode and are left out: see {context.out / 'quarantine.json'}")
-    return {"train": sum(counts), "largest": max(counts), "smallest": min(counts), "quarantined": manifest["quarantined"]}
+        context.say(
+            f"shard: {manifest['quarantined']} images do not decode and are left out: see {context.out / 'quarantine.json'}"
+        )
+    return {
+        "train": sum(counts),
+        "largest": max(counts),
+        "smallest": min(counts),
+        "quarantined": manifest["quarantined"],
+    }
 
 
 def _run(node: Node, config: Config, context: Context) -> dict[str, Any]:
@@ -56,7 +73,13 @@ def _run(node: Node, config: Config, context: Context) -> dict[str, Any]:
             return train.run(node.work, config, context)
         case "student":
             return evaluate.run_student(node.work, config, context)
-    stage = {"calibrate": calibrate, "initialize": initialize, "recover": recover, "relabel": relabel, "evaluate": evaluate}[node.stage]
+    stage = {
+        "calibrate": calibrate,
+        "initialize": initialize,
+        "recover": recover,
+        "relabel": relabel,
+        "evaluate": evaluate,
+    }[node.stage]
     return stage.run(config, context)
 
 
@@ -74,7 +97,9 @@ def _trust(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, say: Callable[[str], None], part: tuple[int, int] | None = None) -> Iterator[None]:
+def _alone(
+    folder: Path, say: Callable[[str], None], part: tuple[int, int] | None = None
+) -> Iterator[None]:
     """One process at work on a folder, or on a part of it; the kernel lets go when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -103,7 +128,9 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
             shutil.rmtree(path)
         elif path.name.endswith(".tmp"):
             path.unlink()
-    listed = sorted(p for p in folder.iterdir() if p.name != "stage.json" and not p.name.startswith("."))
+    listed = sorted(
+        p for p in folder.iterdir() if p.name != "stage.json" and not p.name.startswith(".")
+    )
     record = {
         "name": node.name,
         "stage": node.stage,
@@ -114,7 +141,9 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
         "seconds": round(seconds, 2),
         "ranks": ranks.world,
         "precision": str(ranks.autocast_dtype or torch.float32).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name()
+        if ranks.device.type == "cuda"
+        else f"{platform.machine()} CPU",
         "software": {
             "ltdd_scale": __version__,
             "torch": torch.__version__,
@@ -128,7 +157,16 @@ def _seal(node: Node, store: Path, facts: dict[str, Any], seconds: float, ranks:
     files.write_json(folder / "stage.json", record)
 
 
-def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ranks: Ranks, quiet: bool, auto_ranks: bool, part: tuple[int, int] | None) -> None:
+def _execute(
+    node: Node,
+    nodes: dict[str, Node],
+    config: Config,
+    store: Path,
+    ranks: Ranks,
+    quiet: bool,
+    auto_ranks: bool,
+    part: tuple[int, int] | None,
+) -> None:
     """Run one node, or a part of it, on all `ranks`, unless another process has done it meanwhile."""
     signals.check()
     folder = node.folder(store)
@@ -139,7 +177,16 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
     begin = time.monotonic()
     # Students run side by side: only rank 0's draws its progress.
     quiet = quiet or os.environ.get("RANK", "0") != "0"
-    context = Context(ranks, folder, inputs, node.fingerprint, config.runtime.checkpoint_seconds, quiet, auto_ranks, part)
+    context = Context(
+        ranks,
+        folder,
+        inputs,
+        node.fingerprint,
+        config.runtime.checkpoint_seconds,
+        quiet,
+        auto_ranks,
+        part,
+    )
     if not ranks.first:
         if ranks.share(None):  # rank 0 has the lock now and says whether there is work left
             _run(node, config, context)
@@ -157,7 +204,9 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
                 else:
                     _seal(node, store, facts, time.monotonic() - begin, ranks)
                     if "SLURM_JOB_ID" in os.environ:  # for who reads the logs of a hundred jobs
-                        print(f"sealed {node.stage}/{node.fingerprint}", file=sys.stderr, flush=True)
+                        print(
+                            f"sealed {node.stage}/{node.fingerprint}", file=sys.stderr, flush=True
+                        )
                 ranks.barrier()
     except OSError as error:
         raise files.explain(error, folder) from error
@@ -166,10 +215,23 @@ def _execute(node: Node, nodes: dict[str, Node], config: Config, store: Path, ra
 def _efforts(students: list[Node], shard: Path, ipc: int) -> np.ndarray:
     """Image-epochs of each student."""
     counts = files.read_json(shard / "manifest.json")["splits"]["train"]["counts"]
-    return np.asarray([s.effort * (sum(counts) if s.work["set"] == "full" else len(counts) * ipc) for s in students])
+    return np.asarray(
+        [
+            s.effort * (sum(counts) if s.work["set"] == "full" else len(counts) * ipc)
+            for s in students
+        ]
+    )
 
 
-def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bool = False, auto_ranks: bool = True, part: tuple[int, int] | None = None) -> dict[str, Node]:
+def run(
+    config: Config,
+    store: Path,
+    targets: list[str],
+    ranks: Ranks,
+    quiet: bool = False,
+    auto_ranks: bool = True,
+    part: tuple[int, int] | None = None,
+) -> dict[str, Node]:
     """Bring `targets` (node names) up to date; return the graph. Students are shared out over ranks, all other stages use all ranks.
 
     With `part` (k, n) only the k-th of n shares of recovery's chunks ("recover") or of the students ("evaluate") is done, and the stage left unfinished.
@@ -184,7 +246,9 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
         raise files.explain(error, store) from error
 
     def todo(batch: list[str]) -> list[str]:
-        return ranks.share([n for n in batch if not complete(nodes[n].folder(store))] if ranks.first else None)
+        return ranks.share(
+            [n for n in batch if not complete(nodes[n].folder(store))] if ranks.first else None
+        )
 
     def announce(text: str) -> None:
         if ranks.first and not quiet:
@@ -199,15 +263,34 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
             recover.check_ranks(config.recover, len(manifest["classes"]), config.ipc, ranks.world)
         begin = time.monotonic()
         announce(f"{name} …")
-        _execute(nodes[name], nodes, config, store, ranks, quiet, auto_ranks, part if name == "recover" and "recover" in targets else None)
+        _execute(
+            nodes[name],
+            nodes,
+            config,
+            store,
+            ranks,
+            quiet,
+            auto_ranks,
+            part if name == "recover" and "recover" in targets else None,
+        )
         announce(f"{name}: done in {duration(time.monotonic() - begin)}")
     if students:
         begin = time.monotonic()
         # A part's share is of all students, not of those left: parts that start at different times must agree on it.
         several = targets if part else students
         efforts = _efforts([nodes[n] for n in several], nodes["shard"].folder(store), config.ipc)
-        mine = [k for k in sampling.spread(efforts, shares * ranks.world)[share * ranks.world + ranks.rank] if several[k] in students]
-        announce(f"{len(students)} students …" if not part else f"part {share} of {shares} of {len(several)} students …")
+        mine = [
+            k
+            for k in sampling.spread(efforts, shares * ranks.world)[
+                share * ranks.world + ranks.rank
+            ]
+            if several[k] in students
+        ]
+        announce(
+            f"{len(students)} students …"
+            if not part
+            else f"part {share} of {shares} of {len(several)} students …"
+        )
         alone = Ranks(0, 1, ranks.device, ranks.autocast_dtype)
         for done, k in enumerate(mine, 1):
             _execute(nodes[several[k]], nodes, config, store, alone, quiet, auto_ranks, None)
@@ -215,7 +298,10 @@ def run(config: Config, store: Path, targets: list[str], ranks: Ranks, quiet: bo
                 facts = files.read_json(nodes[several[k]].folder(store) / "stage.json")["facts"]
                 left = duration((time.monotonic() - begin) / done * (len(mine) - done))
                 text = f"{several[k].removeprefix('student/')}: {facts['top1']:.1f} % (spread over classes {facts['class_std']:.1f})"
-                print(f"  {text}; rank {ranks.rank} has done {done} of {len(mine)}, {left} left", flush=True)
+                print(
+                    f"  {text}; rank {ranks.rank} has done {done} of {len(mine)}, {left} left",
+                    flush=True,
+                )
         ranks.barrier()
         announce(f"students: done in {duration(time.monotonic() - begin)}")
     if "evaluate" in pending:

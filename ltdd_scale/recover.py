@@ -36,7 +36,9 @@ def check_ranks(settings: Recover, num_classes: int, ipc: int, world: int) -> No
     n = len(chunks(num_classes, ipc, settings.batch_size, settings.chunk_classes))
     if world > n:
         limit = max(1, settings.batch_size * n // world)
-        raise UserError(f"recover has {n} chunk{'s' * (n > 1)} for {world} ranks: use --nproc {n}, or smaller chunks with --set recover.batch_size={limit}")
+        raise UserError(
+            f"recover has {n} chunk{'s' * (n > 1)} for {world} ranks: use --nproc {n}, or smaller chunks with --set recover.batch_size={limit}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
     out = []
     for g in range(groups):
         for first in range(0, ipc, images):
-            out.append(Chunk(len(out), tuple(range(g, num_classes, groups)), first, min(first + images, ipc)))
+            out.append(
+                Chunk(
+                    len(out), tuple(range(g, num_classes, groups)), first, min(first + images, ipc)
+                )
+            )
     return out
 
 
@@ -90,7 +96,11 @@ class ChannelMoments(torch.autograd.Function):
         offset = grad_mean / n - slope * mean
         shape = (1, -1, 1, 1)
         # In float32: slope · x and offset nearly cancel.
-        return torch.addcmul(grad.float(), x.float(), slope.view(shape)).add_(offset.view(shape)).to(x.dtype)
+        return (
+            torch.addcmul(grad.float(), x.float(), slope.view(shape))
+            .add_(offset.view(shape))
+            .to(x.dtype)
+        )
 
 
 class Alignment:
@@ -100,25 +110,42 @@ class Alignment:
     so it is right from the first step and nothing leaks from chunk to chunk.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], targets: dict[str, list[tuple[float, Tensor, Tensor]]], settings: Recover):
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        targets: dict[str, list[tuple[float, Tensor, Tensor]]],
+        settings: Recover,
+    ):
         self.targets, self.ema, self.first_layer = targets, settings.ema, settings.first_layer
         self.average: dict[str, tuple[Tensor, Tensor]] = {}
         self.terms: list[Tensor] = []
         self._first = next(iter(layers))
-        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()
+        ]
 
     def _hook(self, name: str):
         def align(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
             x, mean, var = ChannelMoments.apply(inputs[0])
             if self.ema:
                 old = self.average.get(name)
-                new = [m.detach() if old is None else self.ema * o + (1 - self.ema) * m.detach() for m, o in zip((mean, var), old or (0, 0), strict=True)]
+                new = [
+                    m.detach() if old is None else self.ema * o + (1 - self.ema) * m.detach()
+                    for m, o in zip((mean, var), old or (0, 0), strict=True)
+                ]
                 self.average[name] = (new[0], new[1])
                 # Straight through: the value of the average, the gradient of the batch.
                 mean, var = (new[k] + (m - m.detach()) for k, m in enumerate((mean, var)))
             scale = self.first_layer if name == self._first else 1.0
             for weight, goal_mean, goal_var in self.targets[name]:
-                self.terms.append(scale * weight * (torch.linalg.vector_norm(mean - goal_mean) + torch.linalg.vector_norm(var - goal_var)))
+                self.terms.append(
+                    scale
+                    * weight
+                    * (
+                        torch.linalg.vector_norm(mean - goal_mean)
+                        + torch.linalg.vector_norm(var - goal_var)
+                    )
+                )
             return (x,)
 
         return align
@@ -134,7 +161,9 @@ class Alignment:
             handle.remove()
 
 
-def alignment_targets(statistics: dict, layers: list[str], labels: np.ndarray, classwise: float, variance: str, device) -> dict[str, list[tuple[float, Tensor, Tensor]]]:
+def alignment_targets(
+    statistics: dict, layers: list[str], labels: np.ndarray, classwise: float, variance: str, device
+) -> dict[str, list[tuple[float, Tensor, Tensor]]]:
     """Per layer: the global statistics with weight 1 − `classwise`, and those of the chunk's labels with weight `classwise`.
 
     Only the chunk's classes are read, so memory does not grow with the number of classes.
@@ -143,10 +172,15 @@ def alignment_targets(statistics: dict, layers: list[str], labels: np.ndarray, c
     for name in layers:
         if statistics["fair"]:
             moments = statistics["moments"][name]
-            pairs = [(1 - classwise, *fair_statistics(moments, variance)), (classwise, *fair_statistics(moments[torch.from_numpy(labels)], variance))]
+            pairs = [
+                (1 - classwise, *fair_statistics(moments, variance)),
+                (classwise, *fair_statistics(moments[torch.from_numpy(labels)], variance)),
+            ]
         else:
             pairs = [(1.0, *statistics["running"][name])]
-        targets[name] = [(w, m.float().to(device), v.float().to(device)) for w, m, v in pairs if w > 0]
+        targets[name] = [
+            (w, m.float().to(device), v.float().to(device)) for w, m, v in pairs if w > 0
+        ]
     return targets
 
 
@@ -173,19 +207,31 @@ def recover_chunk(
     Without a `teacher` its term is left out. `tick(iteration, state)` is called after each iteration with a function that makes the state to save; `resume` is such a state.
     """
     sides = stages(settings, size)
-    x, begin = (resized(images, sides[0]), 0) if resume is None else (resume["images"].to(images.device), resume["iteration"])
+    x, begin = (
+        (resized(images, sides[0]), 0)
+        if resume is None
+        else (resume["images"].to(images.device), resume["iteration"])
+    )
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=settings.lr, betas=tuple(settings.betas))
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
-        alignment.average = {k: tuple(t.to(x.device) for t in v) for k, v in resume["average"].items()}
+        alignment.average = {
+            k: tuple(t.to(x.device) for t in v) for k, v in resume["average"].items()
+        }
     windows, mirrored = views
     for t in range(begin, settings.iterations):
-        if t and t in sides:  # FADRM: to the next stage's resolution, some of the initial image mixed in again
-            kept = (1 - settings.residual) * resized(x.detach(), sides[t]) + settings.residual * resized(images, sides[t])
+        if (
+            t and t in sides
+        ):  # FADRM: to the next stage's resolution, some of the initial image mixed in again
+            kept = (1 - settings.residual) * resized(
+                x.detach(), sides[t]
+            ) + settings.residual * resized(images, sides[t])
             x = kept.requires_grad_()
             optimizer = torch.optim.Adam([x], lr=settings.lr, betas=tuple(settings.betas))
-        optimizer.param_groups[0]["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * t / settings.iterations))
+        optimizer.param_groups[0]["lr"] = (
+            settings.lr * 0.5 * (1 + math.cos(math.pi * t / settings.iterations))
+        )
         shown = augment.crop_resize(x, windows[t], mirrored[t], x.shape[-1] if any_size else size)
         if x.device.type == "cuda":
             shown = shown.contiguous(memory_format=torch.channels_last)
@@ -203,7 +249,12 @@ def recover_chunk(
         if tick is not None:
             tick(
                 t + 1,
-                lambda t=t, x=x, optimizer=optimizer: {"iteration": t + 1, "images": x.detach(), "optimizer": optimizer.state_dict(), "average": dict(alignment.average)},
+                lambda t=t, x=x, optimizer=optimizer: {
+                    "iteration": t + 1,
+                    "images": x.detach(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": dict(alignment.average),
+                },
             )
     return resized(x.detach(), size)
 
@@ -229,7 +280,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     num_classes = len(split.classes)
     work = chunks(num_classes, config.ipc, settings.batch_size, settings.chunk_classes)
     if ranks.world * (context.part or (0, 1))[1] > len(work):
-        context.say(f"recover has {len(work)} chunks for {ranks.world * (context.part or (0, 1))[1]} ranks; the others have nothing to do")
+        context.say(
+            f"recover has {len(work)} chunks for {ranks.world * (context.part or (0, 1))[1]} ranks; the others have nothing to do"
+        )
     finished = [arrays.class_file(context.out, c).exists() for c in range(num_classes)]
     if not ranks.share(all(finished)):
         _recover_chunks(config, context, split, work)
@@ -268,7 +321,10 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     if settings.teacher_ce:
         made = tensors.load(context.input("teacher") / "weights.pt")
         teacher = ranks.to_device(registry.Network.build(made["recipe"], made["model"]))
-    any_size = not any(role.net in registry.CONVNETS for role in (config.observer, *([config.teacher] if teacher else [])))
+    any_size = not any(
+        role.net in registry.CONVNETS
+        for role in (config.observer, *([config.teacher] if teacher else []))
+    )
     layers: dict[str, nn.Module] = dict(registry.norm_layers(observer))
     if config.calibrate.conv_inputs and statistics["fair"]:
         layers.update(registry.conv_layers(observer))
@@ -276,23 +332,47 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
     low, high = (0 - mean) / std, (1 - mean) / std
     spec = ViewSpec(size, tuple(settings.crop_scale), mirror=config.data.mirror)
     mine = context.share(work)
-    progress = context.progress("recover", len(mine) * max(settings.iterations, 1), "iterations", stops=False)
+    progress = context.progress(
+        "recover", len(mine) * max(settings.iterations, 1), "iterations", stops=False
+    )
     for position, chunk in enumerate(mine):
         signals.check()
         path = _chunk_file(context, chunk)
         if path.exists():
             continue
-        pixels = np.concatenate([arrays.load(arrays.class_file(context.input("initialize"), c))[chunk.first : chunk.last] for c in chunk.classes])
+        pixels = np.concatenate(
+            [
+                arrays.load(arrays.class_file(context.input("initialize"), c))[
+                    chunk.first : chunk.last
+                ]
+                for c in chunk.classes
+            ]
+        )
         if settings.iterations:
-            targets = alignment_targets(statistics, list(layers), chunk.labels, settings.classwise, config.calibrate.variance, device)
+            targets = alignment_targets(
+                statistics,
+                list(layers),
+                chunk.labels,
+                settings.classwise,
+                config.calibrate.variance,
+                device,
+            )
             alignment = Alignment(layers, targets, settings)
             sizes = np.full((len(pixels), 2), size)
-            drawn = [spec.draw(rng(config.seed, "recover", chunk.number, t), sizes) for t in range(settings.iterations)]
-            views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
+            drawn = [
+                spec.draw(rng(config.seed, "recover", chunk.number, t), sizes)
+                for t in range(settings.iterations)
+            ]
+            views = (
+                torch.from_numpy(np.stack([d.windows for d in drawn])).to(device),
+                torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device),
+            )
             checkpoints = context.checkpoints(f"chunk-{chunk.number:05d}")
             resumed = checkpoints.load()
             if resumed:
-                context.say(f"recover: chunk {chunk.number} goes on at iteration {resumed[0]} of {settings.iterations}")
+                context.say(
+                    f"recover: chunk {chunk.number} goes on at iteration {resumed[0]} of {settings.iterations}"
+                )
 
             def tick(t: int, state, position=position, checkpoints=checkpoints) -> None:
                 progress.update(position * settings.iterations + t)
@@ -302,7 +382,22 @@ def _recover_chunks(config: Config, context: Context, split: ShardSplit, work: l
 
             x = (torch.from_numpy(pixels).to(device).float() / 255 - mean) / std
             labels = torch.from_numpy(chunk.labels).to(device)
-            x = recover_chunk(x, labels, observer, teacher, alignment, low, high, settings, views, size, ranks, any_size, tick, resumed[1] if resumed else None)
+            x = recover_chunk(
+                x,
+                labels,
+                observer,
+                teacher,
+                alignment,
+                low,
+                high,
+                settings,
+                views,
+                size,
+                ranks,
+                any_size,
+                tick,
+                resumed[1] if resumed else None,
+            )
             alignment.close()
             pixels = arrays.to_uint8(x * std + mean)
             arrays.save(path, pixels)

@@ -21,7 +21,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """
     ranks, settings = context.ranks, config.relabel
     split = ShardSplit(context.input("shard"), "train")
-    facts: dict[str, Any] = {"labels": settings.labels, "seed": f"labels {config.seed}", "epochs": 0, "tau": 0.0}
+    facts: dict[str, Any] = {
+        "labels": settings.labels,
+        "seed": f"labels {config.seed}",
+        "epochs": 0,
+        "tau": 0.0,
+    }
     if settings.labels == "hard" or (settings.labels == "online" and not settings.adjust):
         if ranks.first:
             files.write_json(context.out / "labels.json", facts)
@@ -32,13 +37,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     teacher = ranks.to_device(registry.Network.build(saved["recipe"], saved["model"]))
     normalize = normalizer(split.mean, split.std, ranks.device)
     spec = softlabels.view_spec(config.evaluate, config.data.resolution, config.data.mirror)
-    plain = softlabels.single_logits(images, teacher, normalize, spec, settings.batch_size, None, ranks)
+    plain = softlabels.single_logits(
+        images, teacher, normalize, spec, settings.batch_size, None, ranks
+    )
     shift = None
     if settings.adjust:
         facts["tau"] = softlabels.adsa_tau(plain, classes, split.counts)
         shift = softlabels.shift_of(facts["tau"], split.counts, ranks.device)
     if settings.labels == "single" and ranks.first:
-        arrays.save(context.out / "single.npy", (plain if shift is None else plain - shift).cpu().numpy())
+        arrays.save(
+            context.out / "single.npy", (plain if shift is None else plain - shift).cpu().numpy()
+        )
     if settings.labels == "stored":
         facts["epochs"] = settings.epochs or config.evaluate.epochs
         mine = range(ranks.rank, facts["epochs"], ranks.world)
@@ -46,8 +55,22 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         for k, epoch in enumerate(mine):
             path = softlabels.stored_file(context.out, epoch, "values")
             if not path.exists():
-                packed = softlabels.store_epoch(images, teacher, normalize, spec, facts["seed"], epoch, config.evaluate.cutmix, settings.topk, settings.batch_size, shift, ranks)
-                for part in sorted(packed):  # classes before values, whose presence says that the epoch is done
+                packed = softlabels.store_epoch(
+                    images,
+                    teacher,
+                    normalize,
+                    spec,
+                    facts["seed"],
+                    epoch,
+                    config.evaluate.cutmix,
+                    settings.topk,
+                    settings.batch_size,
+                    shift,
+                    ranks,
+                )
+                for part in sorted(
+                    packed
+                ):  # classes before values, whose presence says that the epoch is done
                     arrays.save(softlabels.stored_file(context.out, epoch, part), packed[part])
             progress.update(k + 1)
     if ranks.first:

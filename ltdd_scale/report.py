@@ -12,7 +12,12 @@ from ltdd_scale.config import Config
 from ltdd_scale.runtime import files
 
 VERSION = 1
-SHOWN = {"distilled": "distilled", "initial": "initial (confident crops)", "random": "random real", "full": "whole long-tailed set"}
+SHOWN = {
+    "distilled": "distilled",
+    "initial": "initial (confident crops)",
+    "random": "random real",
+    "full": "whole long-tailed set",
+}
 
 
 def cell(entry: dict[str, Any], number: str) -> str:
@@ -25,16 +30,50 @@ def cell(entry: dict[str, Any], number: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """The Markdown result table: mean ± standard deviation over seeds, per cent."""
     summary = results["summary"]
-    rows = [["set", "labels", "net", "IPC", "top-1", "top-5", "std over classes", "many", "medium", "few", "seeds"]]
+    rows = [
+        [
+            "set",
+            "labels",
+            "net",
+            "IPC",
+            "top-1",
+            "top-5",
+            "std over classes",
+            "many",
+            "medium",
+            "few",
+            "seeds",
+        ]
+    ]
     order = {"distilled": 0, "initial": 1, "random": 2, "full": 3}
     kind = summary["labels"]
-    shown = [e for e in summary["students"] if e["set"] == "full" or (e["labels"] == kind and e["set"] != "initial")]
+    shown = [
+        e
+        for e in summary["students"]
+        if e["set"] == "full" or (e["labels"] == kind and e["set"] != "initial")
+    ]
     for e in sorted(shown, key=lambda e: (e["net"], order[e["set"]])):
         rows.append(
-            [SHOWN[e["set"]], e["labels"], e["net"], str(e["ipc"] or "–"), *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), str(e["num_seeds"])]
+            [
+                SHOWN[e["set"]],
+                e["labels"],
+                e["net"],
+                str(e["ipc"] or "–"),
+                *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")),
+                str(e["num_seeds"]),
+            ]
         )
     for role, e in summary["experts"].items():
-        rows.append([role, "–", e["net"], "–", *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")), "1"])
+        rows.append(
+            [
+                role,
+                "–",
+                e["net"],
+                "–",
+                *(cell(e, n) for n in ("top1", "top5", "class_std", "many", "medium", "few")),
+                "1",
+            ]
+        )
     text = markdown(rows)
     if results["matrix"]:
         text += "\n\nThe label matrix (top-1):\n\n" + matrix_table(results)
@@ -49,25 +88,57 @@ def matrix_table(results: dict[str, Any]) -> str:
     rows = [["images", *kinds, "net"]]
     for net in nets:
         for which in ("random", "initial", "distilled"):
-            rows.append([SHOWN[which], *(cell(cells[which, y, net], "top1") if (which, y, net) in cells else "–" for y in kinds), net])
+            rows.append(
+                [
+                    SHOWN[which],
+                    *(
+                        cell(cells[which, y, net], "top1") if (which, y, net) in cells else "–"
+                        for y in kinds
+                    ),
+                    net,
+                ]
+            )
     return markdown(rows)
 
 
 def ablation_table(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> str:
     """One line a variant: the distilled set's numbers."""
-    out = [["variant", "top-1", "std over classes", "many", "medium", "few", "teacher", "random real, same teacher"]]
+    out = [
+        [
+            "variant",
+            "top-1",
+            "std over classes",
+            "many",
+            "medium",
+            "few",
+            "teacher",
+            "random real, same teacher",
+        ]
+    ]
     for title, results in rows:
-        kind, cells = results["summary"]["labels"], {(e["set"], e["labels"]): e for e in results["summary"]["students"]}
+        kind, cells = (
+            results["summary"]["labels"],
+            {(e["set"], e["labels"]): e for e in results["summary"]["students"]},
+        )
         e, random = cells["distilled", kind], cells.get(("random", kind), {})
         teacher = results["summary"]["experts"]["teacher"]
-        out.append([title, *(cell(e, n) for n in ("top1", "class_std", "many", "medium", "few")), f"{teacher['top1']:.1f}", cell(random, "top1")])
+        out.append(
+            [
+                title,
+                *(cell(e, n) for n in ("top1", "class_std", "many", "medium", "few")),
+                f"{teacher['top1']:.1f}",
+                cell(random, "top1"),
+            ]
+        )
     kind = rows[0][1]["summary"]["labels"]
     return f"# Ablation of {config.name}\n\nIPC {config.ipc}, {kind} labels, {config.evaluate.seeds} seeds, {config.evaluate.split} images, per cent.\n\n{markdown(out)}\n"
 
 
 def markdown(rows: list[list[str]]) -> str:
     widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
-    lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in rows]
+    lines = [
+        "| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
@@ -86,9 +157,13 @@ def damage(folder: Path) -> list[str]:
 def mark(config: Config, nodes: dict) -> str:
     """What a report was written for."""
     inputs = [nodes[n].fingerprint for n in ("evaluate", "recover", "relabel", "initialize")]
-    return hashlib.sha256(json.dumps([VERSION, inputs, configuration.to_dict(config)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([VERSION, inputs, configuration.to_dict(config)]).encode()
+    ).hexdigest()[:16]
 
 
 def is_current(config: Config, nodes: dict, out: Path) -> bool:
     whole = (".report", "results.json", "results.md", "report.html", "distilled/files.json")
-    return all((out / p).exists() for p in whole) and (out / ".report").read_text() == mark(config, nodes)
+    return all((out / p).exists() for p in whole) and (out / ".report").read_text() == mark(
+        config, nodes
+    )

@@ -34,7 +34,9 @@ class Session:
     store: Path
     targets: list[str]
     quiet: bool = False
-    part: tuple[int, int] | None = None  # (k, n): the k-th of n shares of the target's pieces, and no more
+    part: tuple[int, int] | None = (
+        None  # (k, n): the k-th of n shares of the target's pieces, and no more
+    )
 
     def enter(self) -> None:
         """Make the run folder ours. Raises `UserError` where it holds a run of another config."""
@@ -46,16 +48,25 @@ class Session:
         if record.exists():
             name = files.read_json(record).get("config")
             if name != self.config.name:
-                raise UserError(f"{self.out} holds a run of the config '{name}', not '{self.config.name}': choose another folder with --out")
+                raise UserError(
+                    f"{self.out} holds a run of the config '{name}', not '{self.config.name}': choose another folder with --out"
+                )
         elif any(p.name != "run.json" and not p.name.startswith(".") for p in self.out.iterdir()):
-            raise UserError(f"{self.out} is not empty and is not a run folder: choose another one with --out")
+            raise UserError(
+                f"{self.out} is not empty and is not a run folder: choose another one with --out"
+            )
         before = files.read_json(record).get("stages", {}) if record.exists() else {}
-        files.write_json(record, {"config": self.config.name, "store": str(self.store), "stages": before})
+        files.write_json(
+            record, {"config": self.config.name, "store": str(self.store), "stages": before}
+        )
         files.write_text(self.out / "config.yaml", configuration.to_yaml(self.config))
 
     def pending(self) -> bool:
         nodes = graph.graph(self.config)
-        return any(not graph.complete(nodes[t].folder(self.store)) for t in graph.goals(nodes, self.targets, self.part))
+        return any(
+            not graph.complete(nodes[t].folder(self.store))
+            for t in graph.goals(nodes, self.targets, self.part)
+        )
 
     def work(self, auto_ranks: bool) -> None:
         """Do what is left, on as many ranks as the environment says."""
@@ -63,10 +74,14 @@ class Session:
         from ltdd_scale.runtime import ranks
 
         runtime = self.config.runtime
-        device = "cpu" if set(self.targets) <= {"shard"} else runtime.device  # a node for sharding or the report need not have a GPU
+        device = (
+            "cpu" if set(self.targets) <= {"shard"} else runtime.device
+        )  # a node for sharding or the report need not have a GPU
         peers = ranks.join(device, runtime.precision, runtime.threads, self.store / ".meet")
         try:
-            pipeline.run(self.config, self.store, self.targets, peers, self.quiet, auto_ranks, self.part)
+            pipeline.run(
+                self.config, self.store, self.targets, peers, self.quiet, auto_ranks, self.part
+            )
             peers.barrier()
             ranks.leave()  # only here: after an error peers may be missing, and leaving would wait for them
         except RuntimeError as error:
@@ -77,7 +92,9 @@ class Session:
             for _ in range(300):
                 signals.check()
                 time.sleep(0.1)
-            raise PassingError(f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}") from error
+            raise PassingError(
+                f"rank {peers.rank} lost its peers: {str(error).splitlines()[0][:120]}"
+            ) from error
 
     def finish(self, reporting: bool) -> int:
         """Note what is done; write the report; say where things are."""
@@ -149,19 +166,31 @@ def status(run: Path) -> int:
             continue
         if name == "evaluate":
             done = sum(bool(graph.complete(n.folder(store))) for n in students)
-            print(f"  {'students':<12} {'done' if done == len(students) else 'missing':<9} {done} of {len(students)}")
+            print(
+                f"  {'students':<12} {'done' if done == len(students) else 'missing':<9} {done} of {len(students)}"
+            )
         folder = node.folder(store)
         saved = graph.complete(folder)
         if saved:
-            state, note = "done", f"{duration(saved['seconds'])} on {saved['ranks']} × {saved['device']}"
+            state, note = (
+                "done",
+                f"{duration(saved['seconds'])} on {saved['ranks']} × {saved['device']}",
+            )
         elif graph.is_running(folder):
             state, note = "running", f"since {duration(time.time() - folder.stat().st_mtime)}"
         elif (folder / "stage.json").exists():
-            state, note = "damaged", "a file is missing or of another size; the next run makes it again"
+            state, note = (
+                "damaged",
+                "a file is missing or of another size; the next run makes it again",
+            )
         elif record["stages"].get(name) not in (None, f"{node.stage}/{node.fingerprint}"):
             state, note = "stale", "made for other settings"
         else:
-            state, note = ("partial", "interrupted; the next run goes on from there") if folder.exists() else ("missing", "")
+            state, note = (
+                ("partial", "interrupted; the next run goes on from there")
+                if folder.exists()
+                else ("missing", "")
+            )
         left += state != "done"
         print(f"  {name:<12} {state:<9} {note}  {os.path.relpath(folder, run)}")
     print("everything is done" if not left else f"{left} stages left: ltdd-scale run goes on")
@@ -174,7 +203,9 @@ def inspect(path: Path) -> int:
         record = files.read_json(path / "run.json")
         path = Path(record["store"]) / record["stages"].get("shard", "shard")
     if not (path / "manifest.json").exists():
-        raise UserError(f"{path}: no shard set there (no manifest.json); 'ltdd-scale shard CONFIG' makes one")
+        raise UserError(
+            f"{path}: no shard set there (no manifest.json); 'ltdd-scale shard CONFIG' makes one"
+        )
     from ltdd_scale.data import profile
 
     print(profile.describe(path))
@@ -202,7 +233,9 @@ def verify(path: Path) -> int:
 
             found = shards.verify(folder, quiet=False)
         else:
-            raise UserError(f"{folder}: nothing to verify here (no run.json, stage.json, manifest.json or files.json)")
+            raise UserError(
+                f"{folder}: nothing to verify here (no run.json, stage.json, manifest.json or files.json)"
+            )
         print(f"{folder}: {'as recorded' if not found else f'{len(found)} damaged'}")
         wrong += found
     for line in wrong:

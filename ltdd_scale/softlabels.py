@@ -33,10 +33,14 @@ class EpochViews:
 
 
 def view_spec(settings: Evaluate, resolution: int, mirror: bool) -> ViewSpec:
-    return ViewSpec(resolution, tuple(settings.crop_scale), 0, mirror, settings.randaugment, settings.magnitude)
+    return ViewSpec(
+        resolution, tuple(settings.crop_scale), 0, mirror, settings.randaugment, settings.magnitude
+    )
 
 
-def draw_epoch(spec: ViewSpec, sizes: np.ndarray, seed: int | str, epoch: int, cutmix: bool) -> EpochViews:
+def draw_epoch(
+    spec: ViewSpec, sizes: np.ndarray, seed: int | str, epoch: int, cutmix: bool
+) -> EpochViews:
     generator = rng(seed, "student views", epoch)
     views = spec.draw(generator, sizes)
     n = len(sizes)
@@ -47,7 +51,9 @@ def draw_epoch(spec: ViewSpec, sizes: np.ndarray, seed: int | str, epoch: int, c
     return EpochViews(views, partners, boxes, stays)
 
 
-def render(images, epoch: EpochViews, batches: list[np.ndarray], spec: ViewSpec, normalize) -> Iterator[Tensor]:
+def render(
+    images, epoch: EpochViews, batches: list[np.ndarray], spec: ViewSpec, normalize
+) -> Iterator[Tensor]:
     """Normalised augmented images [b, 3, R, R] of each batch of indices."""
     plans = []
     for indices in batches:
@@ -78,7 +84,10 @@ def pack(logits: Tensor, topk: int) -> dict[str, np.ndarray]:
         return {"values": logits.half().cpu().numpy()}
     values, classes = logits.topk(topk, 1)
     rest = (logits.sum(1) - values.sum(1)) / (logits.shape[1] - topk)
-    return {"values": torch.cat([values, rest[:, None]], 1).half().cpu().numpy(), "classes": classes.to(torch.int16).cpu().numpy()}
+    return {
+        "values": torch.cat([values, rest[:, None]], 1).half().cpu().numpy(),
+        "classes": classes.to(torch.int16).cpu().numpy(),
+    }
 
 
 def unpack(packed: dict[str, np.ndarray], rows: np.ndarray, num_classes: int, device) -> Tensor:
@@ -87,7 +96,9 @@ def unpack(packed: dict[str, np.ndarray], rows: np.ndarray, num_classes: int, de
     if "classes" not in packed:
         return values
     out = values[:, -1:].expand(-1, num_classes).clone()
-    return out.scatter_(1, torch.from_numpy(packed["classes"][rows].astype(np.int64)).to(device), values[:, :-1])
+    return out.scatter_(
+        1, torch.from_numpy(packed["classes"][rows].astype(np.int64)).to(device), values[:, :-1]
+    )
 
 
 class Labels:
@@ -97,15 +108,34 @@ class Labels:
     `shift` float32 [C] is subtracted from the teacher's logits (ADSA's τ·log π).
     """
 
-    def __init__(self, kind: str, classes: np.ndarray, num_classes: int, device, seed: int | str = 0, table: Any = None, shift: Tensor | None = None):
-        self.kind, self.num_classes, self.seed, self.table, self.shift = kind, num_classes, seed, table, shift
+    def __init__(
+        self,
+        kind: str,
+        classes: np.ndarray,
+        num_classes: int,
+        device,
+        seed: int | str = 0,
+        table: Any = None,
+        shift: Tensor | None = None,
+    ):
+        self.kind, self.num_classes, self.seed, self.table, self.shift = (
+            kind,
+            num_classes,
+            seed,
+            table,
+            shift,
+        )
         self.onehot = F.one_hot(torch.from_numpy(classes), num_classes).float().to(device)
 
     def view_key(self, student_seed: int | str, epoch: int) -> tuple[int | str, int]:
         """(seed, epoch) from which this epoch's views are drawn: stored labels belong to the views they were made on."""
-        return (self.seed, epoch % len(self.table)) if self.kind == "stored" else (student_seed, epoch)
+        return (
+            (self.seed, epoch % len(self.table)) if self.kind == "stored" else (student_seed, epoch)
+        )
 
-    def targets(self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor, teacher, ranks) -> tuple[Tensor, Tensor | None]:
+    def targets(
+        self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor, teacher, ranks
+    ) -> tuple[Tensor, Tensor | None]:
         """(mixed classes [b, C], logits [b, C] or None for hard labels) of images `indices` shown as `x`."""
         stays = torch.from_numpy(drawn.stays[indices]).to(x.device)[:, None]
         partners = drawn.partners[indices]
@@ -116,18 +146,34 @@ class Labels:
             logits = teacher_logits(teacher, x, ranks)
             logits = logits if self.shift is None else logits - self.shift
         elif self.kind == "stored":
-            logits = unpack(self.table[epoch % len(self.table)], indices, self.num_classes, x.device)
+            logits = unpack(
+                self.table[epoch % len(self.table)], indices, self.num_classes, x.device
+            )
         else:
             logits = mix(self.table)
         return mix(self.onehot), logits
 
 
-def store_epoch(images, teacher, normalize, spec: ViewSpec, seed, epoch: int, cutmix: bool, topk: int, batch_size: int, shift, ranks) -> dict[str, np.ndarray]:
+def store_epoch(
+    images,
+    teacher,
+    normalize,
+    spec: ViewSpec,
+    seed,
+    epoch: int,
+    cutmix: bool,
+    topk: int,
+    batch_size: int,
+    shift,
+    ranks,
+) -> dict[str, np.ndarray]:
     """The packed teacher logits of one epoch's views of every image."""
     drawn = draw_epoch(spec, images.sizes, seed, epoch, cutmix)
     order = np.arange(len(images.labels))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    found = [teacher_logits(teacher, x, ranks) for x in render(images, drawn, batches, spec, normalize)]
+    found = [
+        teacher_logits(teacher, x, ranks) for x in render(images, drawn, batches, spec, normalize)
+    ]
     logits = torch.cat(found)
     return pack(logits if shift is None else logits - shift, topk)
 
@@ -153,19 +199,31 @@ class MadeWhenAsked:
 
 def load_stored(folder: Path, epochs: int) -> list[dict[str, np.ndarray]]:
     """The packed epochs that relabel stored, memory-mapped."""
-    found = [{part: stored_file(folder, e, part) for part in ("values", "classes")} for e in range(epochs)]
-    return [{part: np.load(path, mmap_mode="r") for part, path in parts.items() if path.exists()} for parts in found]
+    found = [
+        {part: stored_file(folder, e, part) for part in ("values", "classes")}
+        for e in range(epochs)
+    ]
+    return [
+        {part: np.load(path, mmap_mode="r") for part, path in parts.items() if path.exists()}
+        for parts in found
+    ]
 
 
-def single_logits(images, teacher, normalize, spec: ViewSpec, batch_size: int, shift, ranks) -> Tensor:
+def single_logits(
+    images, teacher, normalize, spec: ViewSpec, batch_size: int, shift, ranks
+) -> Tensor:
     """The teacher's logits on each whole, unaugmented image, float32 [n, C]."""
     order = np.arange(len(images.labels))
     plans = [(order[i : i + batch_size], None) for i in range(0, len(order), batch_size)]
-    logits = torch.cat([teacher_logits(teacher, normalize(x), ranks) for x in images.stream(plans, spec)])
+    logits = torch.cat(
+        [teacher_logits(teacher, normalize(x), ranks) for x in images.stream(plans, spec)]
+    )
     return logits if shift is None else logits - shift
 
 
-def adsa_tau(logits: Tensor, classes: np.ndarray, prior: np.ndarray, high: float = 2.0, steps: int = 81) -> float:
+def adsa_tau(
+    logits: Tensor, classes: np.ndarray, prior: np.ndarray, high: float = 2.0, steps: int = 81
+) -> float:
     """τ of ADSA: p ∝ exp(f_y − τ·log π_y) with the smallest spread over classes of the mean confidence in the own class.
 
     `logits` float [n, C] on the distilled images of `classes` [n], `prior` the class frequencies [C] of the long-tailed set.

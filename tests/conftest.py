@@ -29,11 +29,25 @@ evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
 """
 
 
-def cli(*arguments, env: dict | None = None, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+def cli(
+    *arguments, env: dict | None = None, timeout: float = 300, **kwargs
+) -> subprocess.CompletedProcess:
     """`ltdd-scale ARGUMENTS` in a process of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_"))
+    }
     command = [sys.executable, "-m", "ltdd_scale", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, cwd=ROOT, **kwargs)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**clean, **(env or {})},
+        cwd=ROOT,
+        **kwargs,
+    )
 
 
 def said_plainly(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -45,19 +59,26 @@ def said_plainly(done: subprocess.CompletedProcess, *words: str) -> None:
         assert word in errors[0], errors[0]
 
 
-def image_folder(root: Path, classes: dict[str, int], split: str = "train", size: int = 8, seed: int = 0) -> None:
+def image_folder(
+    root: Path, classes: dict[str, int], split: str = "train", size: int = 8, seed: int = 0
+) -> None:
     """Noise images root/split/<class>/<n>.png: for what happens to files, not for what they show."""
     generator = np.random.default_rng(seed)
     for name, count in classes.items():
         folder = root / split / name
         folder.mkdir(parents=True, exist_ok=True)
         for k in range(count):
-            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{k:03d}.png")
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                folder / f"{k:03d}.png"
+            )
 
 
 def digests(store: Path) -> dict[str, dict]:
     """Hashes of every file of every finished stage."""
-    return {f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"] for p in store.glob("*/*/stage.json")}
+    return {
+        f"{p.parent.parent.name}/{p.parent.name}": json.loads(p.read_text())["files"]
+        for p in store.glob("*/*/stage.json")
+    }
 
 
 @pytest.fixture

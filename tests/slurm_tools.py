@@ -20,7 +20,12 @@ from ltdd_scale.launch import campaign, profile, slurm
 TESTBED = ROOT / "slurm" / "testbed"
 
 # Jobs of these tests look at their signals slowly (tests/faults/sitecustomize.py), so that they can be disturbed on the fastest of machines.
-DRAG = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "faults"), "LTDD_DRAG": "0.1"}
+DRAG = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT / "tests" / "faults"),
+    "LTDD_DRAG": "0.1",
+}
 # Some hundred steps, with a checkpoint every second.
 LONG = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 64, imbalance_factor: 4, test_per_class: 10, val_per_class: 5}
@@ -40,10 +45,14 @@ runtime: {checkpoint_seconds: 1, device: cpu}
 def testbed():
     """The folder of a cluster that runs; SLURM_CONF points to it."""
     if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
-        pytest.skip("SLURM is not installed: 'slurm/testbed install' (as root, Debian or Ubuntu) does it")
+        pytest.skip(
+            "SLURM is not installed: 'slurm/testbed install' (as root, Debian or Ubuntu) does it"
+        )
     if shutil.which("sbatch") is None:
         pytest.skip("sbatch is not found")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, pytest takes the cluster down first
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # asked to end, pytest takes the cluster down first
     folder = Path(tempfile.mkdtemp(prefix="ltdd-slurm-"))
     folder.chmod(0o755)  # munge wants its socket reachable for all
     env = {**os.environ, "LTDD_TESTBED": str(folder)}
@@ -64,7 +73,11 @@ def nodes(testbed):
     subprocess.run([TESTBED, "up"], capture_output=True, timeout=120, check=True)
     yield testbed
     subprocess.run("scancel -u $(id -un); true", shell=True)
-    until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout.strip(), 60, "the queue is not empty")
+    until(
+        lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout.strip(),
+        60,
+        "the queue is not empty",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +85,24 @@ def calm(tmp_path_factory) -> Path:
     """A folder with long.yaml and, in its store, what the undisturbed stages up to relabelling make on two ranks for the observer, one for the others."""
     folder = tmp_path_factory.mktemp("calm")
     (folder / "long.yaml").write_text(LONG)
-    for stage, ranks in ((["shard"], 1), (["train", "observer"], 2), (["train", "teacher"], 1), (["initialize"], 1), (["recover"], 1), (["relabel"], 1)):
-        done = cli(*stage, folder / "long.yaml", "--out", folder / "run", "--store", folder / "store", "--nproc", ranks)
+    for stage, ranks in (
+        (["shard"], 1),
+        (["train", "observer"], 2),
+        (["train", "teacher"], 1),
+        (["initialize"], 1),
+        (["recover"], 1),
+        (["relabel"], 1),
+    ):
+        done = cli(
+            *stage,
+            folder / "long.yaml",
+            "--out",
+            folder / "run",
+            "--store",
+            folder / "store",
+            "--nproc",
+            ranks,
+        )
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -90,15 +119,33 @@ def until(condition, seconds: float, what: str):
 class Jobs:
     """Some jobs of a run of `long.yaml` on the cluster; everything before `stage` is taken from the calm run."""
 
-    def __init__(self, calm: Path, folder: Path, stage: str, settings: dict, sets: tuple[str, ...] = ()):
+    def __init__(
+        self, calm: Path, folder: Path, stage: str, settings: dict, sets: tuple[str, ...] = ()
+    ):
         self.calm, self.folder, self.store, self.stage = calm, folder, folder / "store", stage
         shutil.copytree(calm / "store", self.store)
-        values = {"partition": "main", "cpus_per_task": 1, "mem_gb": 0.5, "minutes": 10, "signal_delay_s": 30}
+        values = {
+            "partition": "main",
+            "cpus_per_task": 1,
+            "mem_gb": 0.5,
+            "minutes": 10,
+            "signal_delay_s": 30,
+        }
         path = folder / "profile.yaml"
-        path.write_text(configuration.yaml.safe_dump({**values, **settings, "env": {**DRAG, **settings.get("env", {})}}))
+        path.write_text(
+            configuration.yaml.safe_dump(
+                {**values, **settings, "env": {**DRAG, **settings.get("env", {})}}
+            )
+        )
         self.profile = profile.load(path)
         config = configuration.load(calm / "long.yaml", sets)
-        self.made = campaign.make("long", folder / "run" / "jobs", self.store, {"": (config, folder / "run")}, self.profile)
+        self.made = campaign.make(
+            "long",
+            folder / "run" / "jobs",
+            self.store,
+            {"": (config, folder / "run")},
+            self.profile,
+        )
         (self.job,) = [j for j in self.made.jobs if j.name == stage]
         self.made.jobs = [self.job]
         shutil.rmtree(self.work, ignore_errors=True)
@@ -117,7 +164,9 @@ class Jobs:
 
         def newer() -> int:
             steps = [int(p.stem.split("-")[1]) for p in self.work.glob("*/step-*.pt")]
-            return max([s for s in steps if s > after], default=0) or (-1 if self.state().state in slurm.OVER else 0)
+            return max([s for s in steps if s > after], default=0) or (
+                -1 if self.state().state in slurm.OVER else 0
+            )
 
         found = until(newer, seconds, f"no checkpoint after step {after} in {self.work}")
         assert found > 0, self.log()
@@ -125,15 +174,24 @@ class Jobs:
         return found
 
     def state(self) -> slurm.State:
-        states = {i: s for i, s in slurm.states().items() if i.split("_")[0] == self.made.ids[self.stage]}
+        states = {
+            i: s for i, s in slurm.states().items() if i.split("_")[0] == self.made.ids[self.stage]
+        }
         return max(states.values(), key=lambda s: (s.state not in slurm.OVER, s.restarts))
 
     def ended(self, seconds: float = 180) -> slurm.State:
-        until(lambda: self.state().state in slurm.OVER, seconds, f"the job is not over: {self.state()}\n{self.log()}")
+        until(
+            lambda: self.state().state in slurm.OVER,
+            seconds,
+            f"the job is not over: {self.state()}\n{self.log()}",
+        )
         return self.state()
 
     def log(self) -> str:
-        return "".join(f"--- {p.name}\n{p.read_text()}" for p in sorted((self.folder / "run" / "jobs" / "logs").glob("*_log.err")))
+        return "".join(
+            f"--- {p.name}\n{p.read_text()}"
+            for p in sorted((self.folder / "run" / "jobs" / "logs").glob("*_log.err"))
+        )
 
     def ends(self) -> str:
         return "".join(p.read_text() for p in (self.folder / "run" / "jobs" / "ends").glob("*"))
@@ -143,11 +201,15 @@ class Jobs:
         found, number = [], self.made.ids[self.stage]
         for proc in Path("/proc").glob("[0-9]*"):
             try:
-                env = dict(v.split("=", 1) for v in (proc / "environ").read_text().split("\0") if "=" in v)
+                env = dict(
+                    v.split("=", 1) for v in (proc / "environ").read_text().split("\0") if "=" in v
+                )
                 command = (proc / "cmdline").read_text().replace("\0", " ").strip()
             except OSError:
                 continue
-            mine = env.get("SLURM_JOB_ID") == number or command.startswith(f"slurmstepd: [{number}.")
+            mine = env.get("SLURM_JOB_ID") == number or command.startswith(
+                f"slurmstepd: [{number}."
+            )
             if mine and wanted(env, command):
                 found.append(int(proc.name))
         return found

@@ -13,7 +13,9 @@ from ltdd_scale.runtime.ranks import rng
 
 def crop(images, window, size, mirrored=False):
     n = len(images)
-    return augment.crop_resize(images, torch.tensor([window] * n, dtype=torch.float32), torch.full((n,), mirrored), size)
+    return augment.crop_resize(
+        images, torch.tensor([window] * n, dtype=torch.float32), torch.full((n,), mirrored), size
+    )
 
 
 def test_the_whole_image_at_its_size_is_itself_and_mirrors():
@@ -28,29 +30,53 @@ def test_windows_are_resampled_as_pillow_does(size):
     x = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None].float()
     box = (4, 2, 20, 14)  # left, upper, right, lower
     ours = crop(x, [2 / 20, 4 / 24, 12 / 20, 16 / 24], size)[0]
-    planes = [Image.fromarray(picture[:, :, c].astype(np.float32), "F").crop(box).resize((size, size), Image.Resampling.BILINEAR) for c in range(3)]
+    planes = [
+        Image.fromarray(picture[:, :, c].astype(np.float32), "F")
+        .crop(box)
+        .resize((size, size), Image.Resampling.BILINEAR)
+        for c in range(3)
+    ]
     theirs = torch.from_numpy(np.stack([np.asarray(p) for p in planes]))
-    inner = slice(2, -2)  # at the border ours sees the pixels beyond the window, a crop before the resize does not
-    assert torch.allclose(ours[:, inner, inner], theirs[:, inner, inner], atol=0.02 if size > 16 else 4)
+    inner = slice(
+        2, -2
+    )  # at the border ours sees the pixels beyond the window, a crop before the resize does not
+    assert torch.allclose(
+        ours[:, inner, inner], theirs[:, inner, inner], atol=0.02 if size > 16 else 4
+    )
 
 
 def test_a_shift_leaves_zeros():
     x = torch.ones(1, 1, 8, 8)
     out = crop(x, [2 / 8, -3 / 8, 1, 1], 8)[0, 0]
-    assert torch.allclose(out[:6, 3:], torch.ones(6, 5)) and float(out[6:].abs().max()) < 1e-6 and float(out[:, :3].abs().max()) < 1e-6
+    assert (
+        torch.allclose(out[:6, 3:], torch.ones(6, 5))
+        and float(out[6:].abs().max()) < 1e-6
+        and float(out[:, :3].abs().max()) < 1e-6
+    )
 
 
 def test_the_gradient_is_the_adjoint():
     x = torch.rand(2, 3, 6, 6, requires_grad=True)
-    windows, mirrored = torch.tensor([[0.1, 0.2, 0.7, 0.6], [0.0, 0.0, 0.5, 0.9]]), torch.tensor([True, False])
+    windows, mirrored = (
+        torch.tensor([[0.1, 0.2, 0.7, 0.6], [0.0, 0.0, 0.5, 0.9]]),
+        torch.tensor([True, False]),
+    )
     y = augment.crop_resize(x, windows, mirrored, 5)
     g = torch.rand_like(y)
     (back,) = torch.autograd.grad(y, x, g)
     v = torch.rand_like(x)
-    assert torch.allclose((augment.crop_resize(v, windows, mirrored, 5) * g).sum(), (v * back).sum(), rtol=1e-5)
+    assert torch.allclose(
+        (augment.crop_resize(v, windows, mirrored, 5) * g).sum(), (v * back).sum(), rtol=1e-5
+    )
 
 
-@given(st.integers(1, 50), st.integers(4, 300), st.integers(4, 300), st.floats(0.01, 1.0), st.integers(0, 1000))
+@given(
+    st.integers(1, 50),
+    st.integers(4, 300),
+    st.integers(4, 300),
+    st.floats(0.01, 1.0),
+    st.integers(0, 1000),
+)
 def test_crop_windows_lie_in_the_image(n, width, height, low, seed):
     views = ViewSpec(8, (low, 1.0)).draw(rng(seed), np.tile([width, height], (n, 1)))
     top, left, h, w = views.windows.T
@@ -65,13 +91,20 @@ def test_crop_areas_and_shapes_are_random_resized_crops():
     drawn = [crops.make_params([torch.empty(3, 400, 600)]) for _ in range(5000)]
     theirs = np.asarray([(d["height"], d["width"]) for d in drawn]) / [400, 600]
     ours = ViewSpec(8, (0.2, 1.0)).draw(rng(0), np.tile([600, 400], (5000, 1))).windows[:, 2:]
-    assert np.allclose(ours.mean(0), theirs.mean(0), atol=0.01) and np.allclose(ours.std(0), theirs.std(0), atol=0.01)
+    assert np.allclose(ours.mean(0), theirs.mean(0), atol=0.01) and np.allclose(
+        ours.std(0), theirs.std(0), atol=0.01
+    )
 
 
 @pytest.mark.parametrize("op", range(augment.NUM_OPS))
 def test_every_operation_gives_images(op):
     x = torch.rand(3, 3, 16, 16)
-    views = Views(np.tile(np.float32([0, 0, 1, 1]), (3, 1)), np.zeros(3, bool), np.full((3, 1), op), np.asarray([[True], [False], [True]]))
+    views = Views(
+        np.tile(np.float32([0, 0, 1, 1]), (3, 1)),
+        np.zeros(3, bool),
+        np.full((3, 1), op),
+        np.asarray([[True], [False], [True]]),
+    )
     y = augment.apply(x, views, ViewSpec(16, randaugment=1))
     assert y.shape == x.shape and float(y.min()) >= 0 and float(y.max()) <= 1
     assert torch.allclose(y, x, atol=1e-5) == (op == 0)

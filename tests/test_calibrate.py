@@ -53,16 +53,24 @@ def test_the_recursion_of_any_batching_and_order_is_sum_over_count(data):
         for channel in range(3):
             batches = [x[p][labels[p] == c][:, channel].double().numpy().ravel() for p in parts]
             mean, square = recursion(batches)
-            assert np.isclose(mean, float(moments[c, 1 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6)
-            assert np.isclose(square, float(moments[c, 4 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6)
+            assert np.isclose(
+                mean, float(moments[c, 1 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6
+            )
+            assert np.isclose(
+                square, float(moments[c, 4 + channel] / moments[c, 0]), rtol=1e-5, atol=1e-6
+            )
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 5, 7, 7), (2, 4, 56, 56), (1, 2, 113, 127), (2, 3, 17, 19)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 1, 1), (3, 5, 7, 7), (2, 4, 56, 56), (1, 2, 113, 127), (2, 3, 17, 19)]
+)
 def test_position_sums_are_float64_sums(shape):
     x = torch.randn(shape) * 3 + 1
     sums, squares = position_sums(x)
     assert sums.dtype == squares.dtype == torch.float64
-    assert torch.allclose(sums, x.double().sum((2, 3)), rtol=1e-6, atol=1e-5) and torch.allclose(squares, (x.double() ** 2).sum((2, 3)), rtol=1e-6)
+    assert torch.allclose(sums, x.double().sum((2, 3)), rtol=1e-6, atol=1e-5) and torch.allclose(
+        squares, (x.double() ** 2).sum((2, 3)), rtol=1e-6
+    )
     if shape[2] > 1:
         moved = position_sums(x.contiguous(memory_format=torch.channels_last))
         assert torch.allclose(moved[0], sums, rtol=1e-6, atol=1e-5)
@@ -70,15 +78,27 @@ def test_position_sums_are_float64_sums(shape):
 
 def test_mixture_is_the_balanced_population_and_within_leaves_out_the_means():
     torch.manual_seed(0)
-    classes = [torch.randn(n, 2, dtype=torch.float64) * s + m for n, s, m in ((500, 1.0, 0.0), (20, 2.0, 4.0), (5, 0.5, -3.0))]
-    moments = torch.stack([torch.cat([torch.tensor([len(x)], dtype=torch.float64), x.sum(0), (x**2).sum(0)]) for x in classes])
+    classes = [
+        torch.randn(n, 2, dtype=torch.float64) * s + m
+        for n, s, m in ((500, 1.0, 0.0), (20, 2.0, 4.0), (5, 0.5, -3.0))
+    ]
+    moments = torch.stack(
+        [
+            torch.cat([torch.tensor([len(x)], dtype=torch.float64), x.sum(0), (x**2).sum(0)])
+            for x in classes
+        ]
+    )
     mean, var = fair_statistics(moments, "mixture")
     # The same population by brute force: every class repeated to the same size.
     size = 500 * 20 * 5
     balanced = torch.cat([x.repeat(size // len(x), 1) for x in classes])
-    assert torch.allclose(mean, balanced.mean(0)) and torch.allclose(var, balanced.var(0, correction=0))
+    assert torch.allclose(mean, balanced.mean(0)) and torch.allclose(
+        var, balanced.var(0, correction=0)
+    )
     _, within = fair_statistics(moments, "within")
-    assert torch.allclose(within, torch.stack([x.var(0, correction=0) for x in classes]).mean(0)) and bool((within < var).all())
+    assert torch.allclose(
+        within, torch.stack([x.var(0, correction=0) for x in classes]).mean(0)
+    ) and bool((within < var).all())
 
 
 def test_a_class_without_images_is_an_error():
@@ -97,27 +117,53 @@ def test_units_hold_every_class_once_and_whole(counts, at_least):
 def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net):
     """Also in deep networks, where layers that are measured at once would all make up for the same shift, each on top of the others."""
     size = 8 if net != "densenet121" else 32
-    settings = ["data.source=digits", f"data.resolution={size}", "data.max_per_class=12", "data.imbalance_factor=4", f"observer.net={net}", "observer.width=8", "data.mirror=false"]
+    settings = [
+        "data.source=digits",
+        f"data.resolution={size}",
+        "data.max_per_class=12",
+        "data.imbalance_factor=4",
+        f"observer.net={net}",
+        "observer.width=8",
+        "data.mirror=false",
+    ]
     (tmp_path / "c.yaml").write_text("{name: deep, ipc: 1}")
     config = configuration.load(tmp_path / "c.yaml", settings)
     for folder in ("shard", "observer", "out"):
         (tmp_path / folder).mkdir()
     shards.write(tmp_path / "shard", "digits", sources.open_source(config.data), 100, 0, quiet=True)
     split = shards.ShardSplit(tmp_path / "shard", "train")
-    model = registry.seeded(lambda: registry.TwoHeads(registry.backbone(net, 8, "batch", size), 10, 0), "deep")
+    model = registry.seeded(
+        lambda: registry.TwoHeads(registry.backbone(net, 8, "batch", size), 10, 0), "deep"
+    )
     images = loader.open_images(split, config, torch.device("cpu"))
-    x = loader.normalizer(split.mean, split.std, torch.device("cpu"))(next(iter(images.stream([(np.arange(len(split)), None)], ViewSpec(size)))))
+    x = loader.normalizer(split.mean, split.std, torch.device("cpu"))(
+        next(iter(images.stream([(np.arange(len(split)), None)], ViewSpec(size))))
+    )
     for layer in registry.norm_layers(model).values():
         layer.momentum = None  # plain averages: running statistics of one pass, of other images than those to be calibrated on
     with torch.no_grad():
         model.train()(0.95 * x + 0.1)
     recipe = registry.Network.describe(net, 8, "batch", size, 10)
-    tensors.save(tmp_path / "observer" / "weights.pt", {"recipe": recipe, "model": model.state_dict()})
-    context = Context(Ranks(0, 1, torch.device("cpu"), None), tmp_path / "out", {"observer": tmp_path / "observer", "shard": tmp_path / "shard"}, "f", 60, True, True, None)
+    tensors.save(
+        tmp_path / "observer" / "weights.pt", {"recipe": recipe, "model": model.state_dict()}
+    )
+    context = Context(
+        Ranks(0, 1, torch.device("cpu"), None),
+        tmp_path / "out",
+        {"observer": tmp_path / "observer", "shard": tmp_path / "shard"},
+        "f",
+        60,
+        True,
+        True,
+        None,
+    )
     calibrate.run(config, context)
     made = tensors.load(tmp_path / "out" / "observer.pt")
     model = registry.Network.build(made["recipe"], made["model"])
-    layers, weight = registry.norm_layers(model), torch.from_numpy(1 / split.counts[split.labels] / len(split.counts))
+    layers, weight = (
+        registry.norm_layers(model),
+        torch.from_numpy(1 / split.counts[split.labels] / len(split.counts)),
+    )
     wrong = []
 
     def compare(layer, inputs):
@@ -125,7 +171,9 @@ def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net):
         mean = (v.mean((2, 3)) * weight[:, None]).sum(0)
         var = ((v**2).mean((2, 3)) * weight[:, None]).sum(0) - mean**2
         wrong.append(float(((mean - layer.running_mean).abs() / (var + layer.eps).sqrt()).max()))
-        wrong.append(float((((layer.running_var - var).abs() - 1e-6).clamp(min=0) / (var + layer.eps)).max()))
+        wrong.append(
+            float((((layer.running_var - var).abs() - 1e-6).clamp(min=0) / (var + layer.eps)).max())
+        )
 
     for layer in layers.values():
         layer.register_forward_pre_hook(compare)

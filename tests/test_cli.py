@@ -25,7 +25,10 @@ def test_help_helps():
     said = cli("--help").stdout
     for word in ("run", "train", "calibrate", "status", "verify", "fit", "ablation", "config"):
         assert word in said
-    assert "configs/quickstart.yaml" in cli("run", "--help").stdout and "teacher" in cli("train", "--help").stdout
+    assert (
+        "configs/quickstart.yaml" in cli("run", "--help").stdout
+        and "teacher" in cli("train", "--help").stdout
+    )
     assert "recover.iterations = " in cli("config").stdout
 
 
@@ -46,7 +49,11 @@ def test_help_helps():
 )
 def test_a_wrong_setting_is_one_line(tiny, tmp_path, sets, words):
     said_plainly(cli("run", tiny, "--out", tmp_path / "r", "--nproc", 1, "--set", *sets), *words)
-    assert not list((tmp_path / "store").glob("*/*/stage.json")) or "batch_size" in sets[0] or "observer" in sets[0]
+    assert (
+        not list((tmp_path / "store").glob("*/*/stage.json"))
+        or "batch_size" in sets[0]
+        or "observer" in sets[0]
+    )
 
 
 def test_a_missing_config_and_a_foreign_folder(tiny, tmp_path):
@@ -65,7 +72,9 @@ def test_a_run_folder_of_another_config(finished, tmp_path):
     _, run = finished
     other = tmp_path / "other.yaml"
     other.write_text(TINY)
-    said_plainly(cli("run", other, "--out", run), "holds a run of the config 'tiny', not 'other'", "--out")
+    said_plainly(
+        cli("run", other, "--out", run), "holds a run of the config 'tiny', not 'other'", "--out"
+    )
 
 
 def test_bad_lists_and_folders(tmp_path):
@@ -73,7 +82,14 @@ def test_bad_lists_and_folders(tmp_path):
     image_folder(tmp_path / "real", {"a": 2, "b": 2}, "test")
     names = [f"train/{c}/{k:03d}.png {i}" for i, c in enumerate("ab") for k in range(12)]
     held = [f"test/{c}/{k:03d}.png {i}" for i, c in enumerate("ab") for k in range(2)]
-    base = {"source": "list", "path": str(tmp_path / "real"), "train_list": "train.txt", "test_list": "test.txt", "profile": "full", "resolution": 8}
+    base = {
+        "source": "list",
+        "path": str(tmp_path / "real"),
+        "train_list": "train.txt",
+        "test_list": "test.txt",
+        "profile": "full",
+        "resolution": 8,
+    }
     path = variant(tmp_path, TINY, data=base)
 
     def attempt(train, test, *words):
@@ -95,7 +111,9 @@ def test_a_single_bad_image_is_quarantined_and_the_run_goes_on(tmp_path):
     image_folder(tmp_path / "real", {"a": 12, "b": 12})
     image_folder(tmp_path / "real", {"a": 2, "b": 2}, "test")
     (tmp_path / "real" / "train" / "a" / "003.png").write_bytes(b"broken")
-    path = variant(tmp_path, TINY, data={"source": "folder", "path": str(tmp_path / "real"), "resolution": 8})
+    path = variant(
+        tmp_path, TINY, data={"source": "folder", "path": str(tmp_path / "real"), "resolution": 8}
+    )
     done = cli("shard", path, "--out", tmp_path / "r", "--nproc", 1)
     assert done.returncode == 0 and "1 images do not decode" in done.stderr
     (quarantine,) = (tmp_path / "store").rglob("quarantine.json")
@@ -106,14 +124,31 @@ def test_a_single_bad_image_is_quarantined_and_the_run_goes_on(tmp_path):
 
 def test_more_ranks_than_chunks(finished, tmp_path):
     config, run = finished
-    done = cli("recover", config, "--out", tmp_path / "r", "--store", run.parent / "store", "--nproc", 2, "--set", "recover.batch_size=40", "recover.chunk_classes=0")
+    done = cli(
+        "recover",
+        config,
+        "--out",
+        tmp_path / "r",
+        "--store",
+        run.parent / "store",
+        "--nproc",
+        2,
+        "--set",
+        "recover.batch_size=40",
+        "recover.chunk_classes=0",
+    )
     said_plainly(done, "recover has 1 chunk for 2 ranks", "--nproc 1", "recover.batch_size=20")
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs root to mount a small tmpfs")
     try:
         command = ("train", "teacher", tiny, "--out", disk / "r", "--nproc", 1)
@@ -127,10 +162,18 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, tm
 
 def test_a_finished_command_does_nothing_again(finished):
     config, run = finished
-    before = {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if p.is_file() and p.name not in ("run.json", "config.yaml")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in run.parent.rglob("*")
+        if p.is_file() and p.name not in ("run.json", "config.yaml")
+    }
     done = cli("run", config, "--out", run)
     assert done.returncode == 0 and "…" not in done.stdout
-    assert {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if p.is_file() and p.name not in ("run.json", "config.yaml")} == before
+    assert {
+        p: p.stat().st_mtime_ns
+        for p in run.parent.rglob("*")
+        if p.is_file() and p.name not in ("run.json", "config.yaml")
+    } == before
 
 
 def test_what_scripts_rely_on(finished):
@@ -138,12 +181,27 @@ def test_what_scripts_rely_on(finished):
     results = json.loads((run / "results.json").read_text())
     assert {r["set"] for r in results["rows"]} == {"distilled", "random"} and "summary" in results
     for row in results["rows"]:
-        assert set(row) >= {"set", "net", "ipc", "seed", "top1", "top5", "class_std", "many", "medium", "few"} and 0 <= row["top1"] <= 100
+        assert (
+            set(row)
+            >= {"set", "net", "ipc", "seed", "top1", "top5", "class_std", "many", "medium", "few"}
+            and 0 <= row["top1"] <= 100
+        )
     distilled = ImageFolder(run / "distilled" / "images")
-    assert distilled.classes == [str(d) for d in range(10)] and len(distilled) == 40 and distilled[0][0].size == (8, 8)
+    assert (
+        distilled.classes == [str(d) for d in range(10)]
+        and len(distilled) == 40
+        and distilled[0][0].size == (8, 8)
+    )
     page = (run / "report.html").read_text()
-    assert "<svg" in page and "data:image/png;base64," in page and "http://" not in page and "https://" not in page
-    assert (run / "distilled" / "README.md").read_text().count("Normalisation") == 1 and "| distilled" in (run / "results.md").read_text()
+    assert (
+        "<svg" in page
+        and "data:image/png;base64," in page
+        and "http://" not in page
+        and "https://" not in page
+    )
+    assert (run / "distilled" / "README.md").read_text().count(
+        "Normalisation"
+    ) == 1 and "| distilled" in (run / "results.md").read_text()
     assert cli("verify", run).returncode == 0 and cli("verify", run / "distilled").returncode == 0
 
 
@@ -157,7 +215,22 @@ def test_damage_is_found_by_verify_and_refused_by_the_next_stage(finished, tmp_p
     weights.write_bytes(content)
     done = cli("verify", weights.parent)
     assert done.returncode == 1 and "weights.pt: damaged" in done.stdout
-    said_plainly(cli("initialize", config, "--out", tmp_path / "r", "--store", store, "--nproc", 1, "--set", "ipc=3"), "weights.pt: damaged", "delete the folder")
+    said_plainly(
+        cli(
+            "initialize",
+            config,
+            "--out",
+            tmp_path / "r",
+            "--store",
+            store,
+            "--nproc",
+            1,
+            "--set",
+            "ipc=3",
+        ),
+        "weights.pt: damaged",
+        "delete the folder",
+    )
 
 
 def test_training_on_the_distilled_set_alone(finished, tmp_path):
@@ -165,13 +238,28 @@ def test_training_on_the_distilled_set_alone(finished, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run / "distilled", moved)
     done = cli("fit", moved, "--epochs", 2, "--test", moved / "images", "--save", tmp_path / "s.pt")
-    assert done.returncode == 0 and "top-1" in done.stdout and (tmp_path / "s.pt").exists(), done.stderr
+    assert done.returncode == 0 and "top-1" in done.stdout and (tmp_path / "s.pt").exists(), (
+        done.stderr
+    )
     assert cli("verify", moved).returncode == 0
 
 
 def test_ablation_is_one_command(finished, tmp_path):
     config, run = finished
-    done = cli("ablation", config, "--out", tmp_path / "a", "--store", run.parent / "store", "--nproc", 1, "--set", "evaluate.epochs=2", "observer.epochs=2", "teacher.epochs=2")
+    done = cli(
+        "ablation",
+        config,
+        "--out",
+        tmp_path / "a",
+        "--store",
+        run.parent / "store",
+        "--nproc",
+        1,
+        "--set",
+        "evaluate.epochs=2",
+        "observer.epochs=2",
+        "teacher.epochs=2",
+    )
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "a" / "ablation.md").read_text()
     for variant_name in ("full method", "no debiasing", "no fair calibration", "no confident init"):

@@ -15,7 +15,9 @@ def write(tmp_path: Path, text: str, name: str = "a.yaml") -> Path:
 
 
 def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
-    c = config.load(write(tmp_path, "teacher: {lr: 1e-3, weight_decay: 5E-4}\n"), ["recover.lr=2e-2", "ipc=50"])
+    c = config.load(
+        write(tmp_path, "teacher: {lr: 1e-3, weight_decay: 5E-4}\n"), ["recover.lr=2e-2", "ipc=50"]
+    )
     assert (c.teacher.lr, c.teacher.weight_decay, c.recover.lr, c.ipc) == (1e-3, 5e-4, 2e-2, 50)
 
 

@@ -26,7 +26,14 @@ if what in ("fail", "die"): time.sleep(60)
 
 
 def ranks(what, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(child=CHILD), what], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(child=CHILD), what],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 def test_all_end_well():
@@ -43,7 +50,10 @@ def test_an_error_ends_all_with_its_code():
 def test_a_killed_rank_is_tried_again_and_then_given_up():
     out, err = (p := ranks("die")).communicate(timeout=60)
     assert p.returncode == 128 + signal.SIGKILL and out.count("rank 0") == 2
-    assert "starting again from the last checkpoints (1 of 1)" in err and "killed by SIGKILL 2 times" in err
+    assert (
+        "starting again from the last checkpoints (1 of 1)" in err
+        and "killed by SIGKILL 2 times" in err
+    )
 
 
 def test_a_killed_launcher_leaves_no_orphans():

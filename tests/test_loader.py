@@ -26,7 +26,15 @@ needs_dali = pytest.mark.skipif(not dali.is_installed(), reason="nvidia-dali is 
 
 def write(folder, root):
     folder.mkdir()
-    shards.write(folder, "set", sources.open_source(Data(source="folder", path=str(root), profile="full")), 5, 0, 1, quiet=True)
+    shards.write(
+        folder,
+        "set",
+        sources.open_source(Data(source="folder", path=str(root), profile="full")),
+        5,
+        0,
+        1,
+        quiet=True,
+    )
     return ShardSplit(folder, "train")
 
 
@@ -59,7 +67,10 @@ def photographs(tmp_path_factory):
 
 def plans(spec, sizes, parts=4):
     order = rng(3).permutation(len(sizes))
-    return [(part, spec.draw(rng(4, k), sizes[part])) for k, part in enumerate(np.array_split(order, parts))]
+    return [
+        (part, spec.draw(rng(4, k), sizes[part]))
+        for k, part in enumerate(np.array_split(order, parts))
+    ]
 
 
 def config(**data) -> Config:
@@ -71,7 +82,11 @@ def test_streamed_and_held_images_are_the_same(split, workers):
     held = loader.open_images(split, config(), CPU)
     streamed = StreamedImages(split, 24, CPU, workers)
     assert isinstance(held, loader.MemoryImages)
-    for spec in (ViewSpec(24, None, 4), ViewSpec(24, (0.3, 1.0)), ViewSpec(24, (0.3, 1.0), mirror=False, randaugment=1)):
+    for spec in (
+        ViewSpec(24, None, 4),
+        ViewSpec(24, (0.3, 1.0)),
+        ViewSpec(24, (0.3, 1.0), mirror=False, randaugment=1),
+    ):
         todo = plans(spec, held.sizes)
         for a, b in zip(held.stream(todo, spec), streamed.stream(todo, spec), strict=True):
             # The one cuts between pixels and resizes floats, the other cuts at pixels and resizes bytes.
@@ -82,7 +97,9 @@ def test_streamed_and_held_images_are_the_same(split, workers):
 
 
 def test_the_backend_is_the_one_asked_for_or_that_fits(split):
-    assert isinstance(loader.open_images(split, config(memory_gb=0, loader="torch"), CPU), StreamedImages)
+    assert isinstance(
+        loader.open_images(split, config(memory_gb=0, loader="torch"), CPU), StreamedImages
+    )
     assert loader.backend(split, config()) == "torch"  # a set that fits in memory, looked at once
     if dali.is_installed():
         assert isinstance(loader.open_images(split, config(memory_gb=0), CPU), dali.DaliImages)
@@ -96,15 +113,24 @@ def test_the_backend_is_the_one_asked_for_or_that_fits(split):
 @pytest.mark.parametrize("size", [64, 224])
 def test_dali_shows_what_pytorch_shows(photographs, size):
     """The same order and windows; pixels differ by how a JPEG's colours are brought to full size and by rounding."""
-    ours, theirs = dali.DaliImages(photographs, size, CPU, 2), StreamedImages(photographs, size, CPU, 0)
-    for spec in (ViewSpec(size, (0.3, 1.0)), ViewSpec(size, None, 4), ViewSpec(size, (0.3, 1.0), randaugment=2)):
+    ours, theirs = (
+        dali.DaliImages(photographs, size, CPU, 2),
+        StreamedImages(photographs, size, CPU, 0),
+    )
+    for spec in (
+        ViewSpec(size, (0.3, 1.0)),
+        ViewSpec(size, None, 4),
+        ViewSpec(size, (0.3, 1.0), randaugment=2),
+    ):
         todo = plans(spec, photographs.sizes)
         found = list(ours.stream(todo, spec))
         for (indices, _), a, b in zip(todo, found, theirs.stream(todo, spec), strict=True):
             assert a.shape == b.shape == (len(indices), 3, size, size) and a.dtype == torch.float32
             difference = (a - b).abs().mean((1, 2, 3))
             # The next image of the batch is far away: neither order nor window can be another's. (Equalising makes more of a difference.)
-            assert (difference < (0.08 if spec.randaugment else 0.03)).all() and (a - b.roll(1, 0)).abs().mean() > 0.1, difference
+            assert (difference < (0.08 if spec.randaugment else 0.03)).all() and (
+                a - b.roll(1, 0)
+            ).abs().mean() > 0.1, difference
     todo = [(p[0], None) for p in todo]
     for a, b in zip(ours.stream(todo, spec), theirs.stream(todo, spec), strict=True):
         assert (a - b).abs().mean((1, 2, 3)).max() < 0.03
@@ -147,7 +173,10 @@ def test_dali_streams_may_be_left_nested_and_of_any_batch(photographs):
     stream.close()
     assert all(torch.equal(a, b) for a, b in zip(inner, expected, strict=True))
     assert list(images.stream([], spec)) == []
-    both = (np.concatenate([todo[0][0], todo[1][0]]), spec.draw(rng(9), photographs.sizes[np.concatenate([todo[0][0], todo[1][0]])]))
+    both = (
+        np.concatenate([todo[0][0], todo[1][0]]),
+        spec.draw(rng(9), photographs.sizes[np.concatenate([todo[0][0], todo[1][0]])]),
+    )
     small_first = list(images.stream([todo[0], both], spec))
     assert [len(x) for x in small_first] == [len(todo[0][0]), len(both[0])]
     assert torch.equal(small_first[1], next(iter(images.stream([both], spec))))
@@ -168,13 +197,26 @@ def test_every_rank_and_every_resume_see_the_same_epoch(n, batch, world, data):
     batch, images, spec = min(batch, n), Sizes(n), ViewSpec(8, (0.5, 1.0))
     steps = n // batch
     cut = data.draw(st.integers(0, steps))
-    make = lambda first, rank, world: EpochPlans(Expert(batch_size=batch), spec, images, "s", 1, first, steps, Ranks(rank, world, CPU, None), 2)  # noqa: E731
+    make = lambda first, rank, world: EpochPlans(
+        Expert(batch_size=batch),
+        spec,
+        images,
+        "s",
+        1,
+        first,
+        steps,
+        Ranks(rank, world, CPU, None),
+        2,
+    )  # noqa: E731
     alone, parts = make(0, 0, 1), [make(0, r, world) for r in range(world)]
     seen = np.concatenate([alone[k][0] for k in range(0, len(alone), 4)])
     assert len(set(seen)) == len(seen) == steps * batch and len(alone) == 4 * steps
     for k in range(len(alone)):
         assert [i for p in parts for i in p[k][0]] == list(alone[k][0])
-        assert np.concatenate([p[k][1].windows for p in parts]).tobytes() == alone[k][1].windows.tobytes()
+        assert (
+            np.concatenate([p[k][1].windows for p in parts]).tobytes()
+            == alone[k][1].windows.tobytes()
+        )
     rest = make(cut, 0, 1)
     assert len(rest) == len(alone) - 4 * cut
     for k in range(len(rest)):
@@ -187,8 +229,15 @@ def test_every_rank_and_every_resume_see_the_same_epoch(n, batch, world, data):
 @given(st.integers(0, 999), st.floats(0.01, 1))
 def test_boxes_are_inside_their_images(seed, low):
     sizes = np.random.default_rng(seed).integers(1, 3000, (20, 2))
-    for boxes in (pixel_boxes(ViewSpec(8, (low, 1.0)).draw(rng(seed), sizes).windows, sizes), centre_boxes(sizes)):
-        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[:, ::-1]).all()
+    for boxes in (
+        pixel_boxes(ViewSpec(8, (low, 1.0)).draw(rng(seed), sizes).windows, sizes),
+        centre_boxes(sizes),
+    ):
+        assert (
+            (boxes[:, :2] >= 0).all()
+            and (boxes[:, 2:] >= 1).all()
+            and (boxes[:, :2] + boxes[:, 2:] <= sizes[:, ::-1]).all()
+        )
     assert (boxes[:, 2] == boxes[:, 3]).all()
 
 
@@ -203,21 +252,51 @@ def spoil(split, i):
 @pytest.mark.parametrize("backend", ["torch 0", "torch 2", pytest.param("dali", marks=needs_dali)])
 def test_an_image_that_stopped_decoding_is_named(split, backend):
     offset = spoil(split, 3)
-    images = dali.DaliImages(split, 24, CPU, 2) if backend == "dali" else StreamedImages(split, 24, CPU, int(backend[-1]))
+    images = (
+        dali.DaliImages(split, 24, CPU, 2)
+        if backend == "dali"
+        else StreamedImages(split, 24, CPU, int(backend[-1]))
+    )
     spec, todo = ViewSpec(24, (0.5, 1.0)), [np.asarray([2, 3]), np.asarray([4]), np.asarray([5])]
     for given_views in (False, True):
-        with pytest.raises(UserError, match=rf"set-train-000000.tar, offset {offset}, 00000003.png \(train/a/003.png\)") as caught:
-            list(images.stream([(i, spec.draw(rng(0), split.sizes[i]) if given_views else None) for i in todo], spec))
+        with pytest.raises(
+            UserError,
+            match=rf"set-train-000000.tar, offset {offset}, 00000003.png \(train/a/003.png\)",
+        ) as caught:
+            list(
+                images.stream(
+                    [(i, spec.draw(rng(0), split.sizes[i]) if given_views else None) for i in todo],
+                    spec,
+                )
+            )
         assert "\n" not in str(caught.value)
-    assert len(next(iter(images.stream([(np.asarray([0, 1]), None)], spec)))) == 2  # the others are there
+    assert (
+        len(next(iter(images.stream([(np.asarray([0, 1]), None)], spec)))) == 2
+    )  # the others are there
 
 
 @needs_dali
 def test_training_goes_the_same_way_with_either_decoder(photographs, tmp_path):
     """What reaches the network is alike enough: mean pixels of an epoch's batches agree."""
     spec = ViewSpec(48, (0.3, 1.0))
-    todo = EpochPlans(Expert(batch_size=8), spec, StreamedImages(photographs, 48, CPU, 0), "s", 0, 0, 3, Ranks(0, 1, CPU, None), 2)
-    means = [[float(x.mean()) for x in kind.stream(todo, spec)] for kind in (dali.DaliImages(photographs, 48, CPU, 1), StreamedImages(photographs, 48, CPU, 2))]
+    todo = EpochPlans(
+        Expert(batch_size=8),
+        spec,
+        StreamedImages(photographs, 48, CPU, 0),
+        "s",
+        0,
+        0,
+        3,
+        Ranks(0, 1, CPU, None),
+        2,
+    )
+    means = [
+        [float(x.mean()) for x in kind.stream(todo, spec)]
+        for kind in (
+            dali.DaliImages(photographs, 48, CPU, 1),
+            StreamedImages(photographs, 48, CPU, 2),
+        )
+    ]
     assert len(means[0]) == 12 and np.abs(np.subtract(*means)).max() < 0.01
 
 

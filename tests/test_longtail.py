@@ -8,7 +8,18 @@ from ltdd_scale.errors import UserError
 
 
 def test_published_sizes():
-    assert longtail.exponential(10, 5000, 100) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert longtail.exponential(10, 5000, 100) == [
+        5000,
+        2997,
+        1796,
+        1077,
+        645,
+        387,
+        232,
+        139,
+        83,
+        50,
+    ]
     for factor, total in ((10, 20431), (50, 13996), (100, 12406), (200, 11203)):
         assert sum(longtail.exponential(10, 5000, factor)) == total
     for factor, total in ((10, 19573), (20, 15907), (50, 12608), (100, 10847)):
@@ -18,7 +29,9 @@ def test_published_sizes():
     assert longtail.exponential(10, 1000, 100) == [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 
 
-@given(st.integers(2, 12), st.integers(5, 40), st.floats(1, 20), st.floats(1, 20), st.integers(0, 5))
+@given(
+    st.integers(2, 12), st.integers(5, 40), st.floats(1, 20), st.floats(1, 20), st.integers(0, 5)
+)
 def test_more_imbalance_is_nested_in_less(num_classes, largest, a, b, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(num_classes), largest))
     low, high = sorted((a, b))
@@ -26,7 +39,9 @@ def test_more_imbalance_is_nested_in_less(num_classes, largest, a, b, seed):
     for factor in (low, high):
         counts = [max(1, n) for n in longtail.exponential(num_classes, largest, factor)]
         found = longtail.choose(labels, counts, seed)
-        assert np.bincount(labels[found], minlength=num_classes).tolist() == counts and len(set(found)) == len(found)
+        assert np.bincount(labels[found], minlength=num_classes).tolist() == counts and len(
+            set(found)
+        ) == len(found)
         chosen.append(set(found.tolist()))
     assert chosen[1] <= chosen[0]
 

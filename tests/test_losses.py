@@ -11,27 +11,40 @@ from ltdd_scale.experts import losses
 def test_class_weights_have_the_factor_c():
     w = losses.class_weights(np.asarray([100, 10, 1]), 0.8).numpy()
     r = np.asarray([100, 10, 1]) / 111
-    assert np.allclose(w, 3 * r**-0.8 / (r**-0.8).sum(), rtol=1e-6) and math.isclose(w.mean(), 1, rel_tol=1e-6)
+    assert np.allclose(w, 3 * r**-0.8 / (r**-0.8).sum(), rtol=1e-6) and math.isclose(
+        w.mean(), 1, rel_tol=1e-6
+    )
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_debias_is_its_formula_written_out(progress):
     torch.manual_seed(0)
     n, c = 5, 4
-    plain, rebalanced, y, w = torch.randn(n, c), torch.randn(n, c), torch.rand(n, c).softmax(1), torch.rand(c)
+    plain, rebalanced, y, w = (
+        torch.randn(n, c),
+        torch.randn(n, c),
+        torch.rand(n, c).softmax(1),
+        torch.rand(c),
+    )
     total = 0.0
     for i in range(n):
         p, q = plain[i].softmax(0), rebalanced[i].softmax(0)
         for k in range(c):
-            total += progress**2 * w[k] * -y[i, k] * math.log(q[k]) + (1 - progress**2) * -y[i, k] * math.log(p[k])
-    assert math.isclose(float(losses.debias(plain, rebalanced, y, w, progress)), float(total) / n, rel_tol=1e-5)
+            total += progress**2 * w[k] * -y[i, k] * math.log(q[k]) + (1 - progress**2) * -y[
+                i, k
+            ] * math.log(p[k])
+    assert math.isclose(
+        float(losses.debias(plain, rebalanced, y, w, progress)), float(total) / n, rel_tol=1e-5
+    )
 
 
 def test_robust_is_minus_the_cosine_of_the_other_view_without_its_gradient():
     torch.manual_seed(0)
     p, z = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     loss = losses.robust(p, z)
-    expected = -2 * np.mean([float(F.cosine_similarity(p[i], z[(i + 3) % 6], 0).detach()) for i in range(6)])
+    expected = -2 * np.mean(
+        [float(F.cosine_similarity(p[i], z[(i + 3) % 6], 0).detach()) for i in range(6)]
+    )
     assert math.isclose(float(loss.detach()), expected, rel_tol=1e-5)
     loss.backward()
     assert z.grad is None and p.grad is not None

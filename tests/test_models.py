@@ -8,13 +8,26 @@ from ltdd_scale.models import registry
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("convnet3", 16), ("convnet4", 32), ("resnet32", 32), ("resnet18_cifar", 32), ("resnet18", 64), ("vgg11", 64), ("mobilenet_v3_small", 64), ("densenet121", 64)],
+    [
+        ("convnet3", 16),
+        ("convnet4", 32),
+        ("resnet32", 32),
+        ("resnet18_cifar", 32),
+        ("resnet18", 64),
+        ("vgg11", 64),
+        ("mobilenet_v3_small", 64),
+        ("densenet121", 64),
+    ],
 )
 def test_nets_give_features_that_the_heads_take(name, size):
     model = registry.TwoHeads(registry.backbone(name, 8, "batch", size), 7, 16).eval()
     x = torch.randn(2, 3, size, size)
     plain, rebalanced, z, p = model.heads(x)
-    assert plain.shape == (2, 7) and z.shape == p.shape == (2, 16) and torch.equal(model(x), rebalanced)
+    assert (
+        plain.shape == (2, 7)
+        and z.shape == p.shape == (2, 16)
+        and torch.equal(model(x), rebalanced)
+    )
 
 
 def test_resnet50_is_the_one_of_the_paper():
@@ -26,7 +39,13 @@ def test_resnet50_is_the_one_of_the_paper():
 
 def test_resnet32_has_464_thousand_parameters():
     """He et al. 2016, table 6: 0.46 M for ResNet-32 on CIFAR-10."""
-    assert sum(p.numel() for p in registry.Student(registry.backbone("resnet32", 0, "", 32), 10).parameters()) == 464_154
+    assert (
+        sum(
+            p.numel()
+            for p in registry.Student(registry.backbone("resnet32", 0, "", 32), 10).parameters()
+        )
+        == 464_154
+    )
 
 
 def test_instance_norm_is_per_image_and_channel():
@@ -64,4 +83,8 @@ def test_the_average_follows():
     b.running_mean.fill_(2.0)
     b.num_batches_tracked.fill_(7)
     registry.update_ema(a, b, 0.75)
-    assert torch.allclose(a.weight, torch.full((3,), 1.5)) and torch.allclose(a.running_mean, torch.full((3,), 0.5)) and int(a.num_batches_tracked) == 7
+    assert (
+        torch.allclose(a.weight, torch.full((3,), 1.5))
+        and torch.allclose(a.running_mean, torch.full((3,), 0.5))
+        and int(a.num_batches_tracked) == 7
+    )

@@ -20,7 +20,12 @@ def test_a_sealed_file_knows_when_it_is_damaged(tmp_path):
     first = path.read_bytes()
     tensors.save(path, {"a": torch.arange(5)})
     assert path.read_bytes() == first and torch.equal(tensors.load(path)["a"], torch.arange(5))
-    for broken in (first[:-1], first[:40] + bytes([first[40] ^ 1]) + first[41:], b"", first[:-32] + bytes(32)):
+    for broken in (
+        first[:-1],
+        first[:40] + bytes([first[40] ^ 1]) + first[41:],
+        b"",
+        first[:-32] + bytes(32),
+    ):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="damaged"):
             tensors.load(path)
@@ -51,7 +56,12 @@ def test_nothing_is_torn_when_the_disk_is_full(tmp_path):
     """A real full disk: a file system of 256 KB in memory."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs root to mount a small tmpfs")
     try:
         files.write_bytes(disk / "a", b"old")
@@ -64,7 +74,11 @@ def test_nothing_is_torn_when_the_disk_is_full(tmp_path):
 
 def test_random_numbers_belong_to_their_key():
     a = ranks.rng(1, "x", 2).random(4)
-    assert (a == ranks.rng(1, "x", 2).random(4)).all() and (a != ranks.rng(1, "x", 3).random(4)).any() and (a != ranks.rng(12, "x").random(4)).any()
+    assert (
+        (a == ranks.rng(1, "x", 2).random(4)).all()
+        and (a != ranks.rng(1, "x", 3).random(4)).any()
+        and (a != ranks.rng(12, "x").random(4)).any()
+    )
     # Golden: these draws decide every published set, and must not move.
     assert np.allclose(a, GOLDEN)
 
@@ -74,8 +88,12 @@ GOLDEN = [0.11147187861226882, 0.14285467157034681, 0.5047307811656855, 0.400157
 
 def test_a_half_set_environment_is_refused():
     code = "from ltdd_scale.runtime import ranks\nranks.join('cpu', 'auto', 1)"
-    env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")} | {"RANK": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")} | {
+        "RANK": "0"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode and "has RANK but not WORLD_SIZE, LOCAL_RANK" in done.stderr
 
 
@@ -87,7 +105,13 @@ def test_a_gpu_that_is_not_there_is_an_error():
 
 
 def test_durations():
-    assert [duration(s) for s in (0.4, 59, 61, 3599, 3661)] == ["0 s", "59 s", "1:01 min", "59:59 min", "1:01 h"]
+    assert [duration(s) for s in (0.4, 59, 61, 3599, 3661)] == [
+        "0 s",
+        "59 s",
+        "1:01 min",
+        "59:59 min",
+        "1:01 h",
+    ]
 
 
 def test_reading_what_is_not_there(tmp_path):

@@ -10,7 +10,9 @@ def test_an_epoch_is_a_permutation_and_epochs_differ(n, seed, epoch):
     order = sampling.uniform(n, seed, epoch)
     assert sorted(order) == list(range(n)) and (order == sampling.uniform(n, seed, epoch)).all()
     if n > 20:
-        assert (order != sampling.uniform(n, seed, epoch + 1)).any() and (order != sampling.uniform(n, seed + 1, epoch)).any()
+        assert (order != sampling.uniform(n, seed, epoch + 1)).any() and (
+            order != sampling.uniform(n, seed + 1, epoch)
+        ).any()
 
 
 @given(st.integers(0, 300), st.integers(1, 64))
@@ -31,6 +33,10 @@ def test_units_are_spread_once_each(sizes, world):
 def test_resampling_follows_its_weights():
     counts = np.asarray([800, 150, 50])
     labels = np.repeat([0, 1, 2], counts)
-    for power, expected in ((0, counts / 1000), (1, np.ones(3) / 3), (0.2, counts**0.8 / (counts**0.8).sum())):
+    for power, expected in (
+        (0, counts / 1000),
+        (1, np.ones(3) / 3),
+        (0.2, counts**0.8 / (counts**0.8).sum()),
+    ):
         drawn = labels[sampling.resampled(labels, counts, power, 60000, 0, 0)]
         assert np.allclose(np.bincount(drawn) / 60000, expected, atol=0.01)

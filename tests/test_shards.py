@@ -18,12 +18,23 @@ from ltdd_scale.errors import UserError
 def source(tmp_path):
     image_folder(tmp_path / "real", {"a": 9, "b": 5, "c": 2}, size=12)
     image_folder(tmp_path / "real", {"a": 2, "b": 2, "c": 2}, "test", size=12, seed=1)
-    return lambda: sources.open_source(Data(source="folder", path=str(tmp_path / "real"), profile="full"))
+    return lambda: sources.open_source(
+        Data(source="folder", path=str(tmp_path / "real"), profile="full")
+    )
 
 
 def written(folder, source, workers=1, **kwargs):
     folder.mkdir()
-    return shards.write(folder, "set", source, kwargs.pop("shard_images", 5), kwargs.pop("store_resolution", 0), workers, quiet=True, **kwargs)
+    return shards.write(
+        folder,
+        "set",
+        source,
+        kwargs.pop("shard_images", 5),
+        kwargs.pop("store_resolution", 0),
+        workers,
+        quiet=True,
+        **kwargs,
+    )
 
 
 def contents(folder):
@@ -52,17 +63,25 @@ def test_an_interrupted_write_goes_on_where_it_was(tmp_path, source, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         written(folder, source())
     calls.clear()
-    monkeypatch.setattr(shards, "_write_shard", lambda path, *args: calls.append(path) or real(path, *args))
+    monkeypatch.setattr(
+        shards, "_write_shard", lambda path, *args: calls.append(path) or real(path, *args)
+    )
     shards.write(folder, "set", source(), 5, 0, 1, quiet=True)
     assert len(calls) == 4, "two of six shards were there already"
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # webdataset leaves files open
 def test_webdataset_reads_them(tmp_path, source):
     manifest = written(tmp_path / "s", source())
     urls = [str(tmp_path / "s" / s["file"]) for s in manifest["splits"]["train"]["shards"]]
-    read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls"))
+    read = list(
+        webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        .decode("pil")
+        .to_tuple("png", "cls")
+    )
     gc.collect()
     split = ShardSplit(tmp_path / "s", "train")
     assert [label for _, label in read] == split.labels.tolist() and len(read) == 16
@@ -79,19 +98,29 @@ def test_the_index_has_dalis_offsets(tmp_path, source):
         for line in lines[1:]:
             fields = line.split()
             for ext, offset, size, name in (fields[:4], fields[4:]):
-                assert name.endswith(ext) and archive.extractfile(name).read() == content[int(offset) : int(offset) + int(size)]
+                assert (
+                    name.endswith(ext)
+                    and archive.extractfile(name).read()
+                    == content[int(offset) : int(offset) + int(size)]
+                )
 
 
 def test_mean_and_deviation_are_those_of_the_pixels(tmp_path, source):
     written(tmp_path / "s", source())
     split = ShardSplit(tmp_path / "s", "train")
-    pixels = np.concatenate([np.asarray(split.image(i)).reshape(-1, 3) for i in range(len(split))]) / 255
-    assert np.allclose(split.mean, pixels.mean(0), atol=1e-6) and np.allclose(split.std, pixels.std(0), atol=1e-6)
+    pixels = (
+        np.concatenate([np.asarray(split.image(i)).reshape(-1, 3) for i in range(len(split))]) / 255
+    )
+    assert np.allclose(split.mean, pixels.mean(0), atol=1e-6) and np.allclose(
+        split.std, pixels.std(0), atol=1e-6
+    )
 
 
 def test_odd_images_are_kept_or_quarantined_with_the_reason(tmp_path, source):
     real = tmp_path / "real" / "train" / "a"
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    )
     picture.save(real / "jpeg-named.png", "JPEG")
     picture.convert("CMYK").save(real / "cmyk.jpg")
     picture.convert("L").save(real / "grey.jpg")
@@ -102,13 +131,20 @@ def test_odd_images_are_kept_or_quarantined_with_the_reason(tmp_path, source):
     picture.save(buffer, "JPEG")
     (real / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     manifest = written(tmp_path / "s", source())
-    quarantine = {row["name"].split("/")[-1]: row["reason"] for row in shards.files.read_json(tmp_path / "s" / "quarantine.json")}
+    quarantine = {
+        row["name"].split("/")[-1]: row["reason"]
+        for row in shards.files.read_json(tmp_path / "s" / "quarantine.json")
+    }
     assert set(quarantine) == {"zero.png", "text.jpg", "cut.jpg"} and all(quarantine.values())
-    assert manifest["splits"]["train"]["counts"] == [13, 5, 2] and manifest["splits"]["train"]["listed"] == [16, 5, 2]
+    assert manifest["splits"]["train"]["counts"] == [13, 5, 2] and manifest["splits"]["train"][
+        "listed"
+    ] == [16, 5, 2]
     split = ShardSplit(tmp_path / "s", "train")
     names = [n.split("/")[-1] for n in split.names]
     assert split.encoded(names.index("jpeg-named.png")) == (real / "jpeg-named.png").read_bytes()
-    assert split.image(names.index("cmyk.jpg")).size == (30, 40) and split.sizes[names.index("grey.jpg")].tolist() == [30, 40]
+    assert split.image(names.index("cmyk.jpg")).size == (30, 40) and split.sizes[
+        names.index("grey.jpg")
+    ].tolist() == [30, 40]
 
 
 def test_a_class_that_quarantine_empties_is_an_error(tmp_path, source):
@@ -165,9 +201,16 @@ def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
     written(tmp_path / "s", source())
     split = ShardSplit(tmp_path / "s", "train")
     names = [n.split("/")[-1] for n in split.names]
-    for name, kept in (("cmyk.jpg", False), ("palette.png", False), ("deep.png", False), ("turned.jpg", True)):
+    for name, kept in (
+        ("cmyk.jpg", False),
+        ("palette.png", False),
+        ("deep.png", False),
+        ("turned.jpg", True),
+    ):
         i = names.index(name)
-        assert (split.encoded(i) == (real / name).read_bytes()) == kept and split.sizes[i].tolist() == [30, 40]
+        assert (split.encoded(i) == (real / name).read_bytes()) == kept and split.sizes[
+            i
+        ].tolist() == [30, 40]
         if not kept:
             image = Image.open(io.BytesIO(split.encoded(i)))
             assert (image.format, image.mode) == ("PNG", "RGB")
@@ -176,13 +219,19 @@ def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
 def test_stored_as_jpeg_of_a_quality(tmp_path, source):
     manifest = written(tmp_path / "s", source(), store_resolution=6, quality=70)
     split = ShardSplit(tmp_path / "s", "train")
-    assert manifest["stored"] == {"side": 6, "jpeg_quality": 70} and Image.open(io.BytesIO(split.encoded(0))).format == "JPEG"
+    assert (
+        manifest["stored"] == {"side": 6, "jpeg_quality": 70}
+        and Image.open(io.BytesIO(split.encoded(0))).format == "JPEG"
+    )
 
 
 def test_a_set_that_lies_elsewhere_is_taken_as_it_is(tmp_path, source):
     (tmp_path / "taken").mkdir()
     before = written(tmp_path / "s", source())
-    assert shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True) == before and shards.verify(tmp_path / "taken") == []
+    assert (
+        shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True) == before
+        and shards.verify(tmp_path / "taken") == []
+    )
     first, second = ShardSplit(tmp_path / "s", "train"), ShardSplit(tmp_path / "taken", "train")
     assert first.encoded(3) == second.encoded(3) and first.names == second.names
     (tmp_path / "s" / "set-train-000000.idx").write_text("v1.2 0\n")
@@ -195,12 +244,21 @@ def test_a_set_that_lies_elsewhere_is_taken_as_it_is(tmp_path, source):
 def test_parts_of_other_settings_are_not_taken_over(tmp_path, source, monkeypatch):
     """A tool's folder, interrupted after a shard and written again with other sizes."""
     folder, real = tmp_path / "s", shards._write_shard
-    monkeypatch.setattr(shards, "_write_shard", lambda path, first, *args: (_ for _ in ()).throw(KeyboardInterrupt) if first else real(path, first, *args))
+    monkeypatch.setattr(
+        shards,
+        "_write_shard",
+        lambda path, first, *args: (
+            (_ for _ in ()).throw(KeyboardInterrupt) if first else real(path, first, *args)
+        ),
+    )
     with pytest.raises(KeyboardInterrupt):
         written(folder, source(), shard_images=5)
     monkeypatch.setattr(shards, "_write_shard", real)
     manifest = shards.write(folder, "set", source(), 4, 0, 1, quiet=True)
-    assert manifest["splits"]["train"]["num_images"] == 16 and contents(folder)["manifest.json"] == contents_of_new(tmp_path, source)["manifest.json"]
+    assert (
+        manifest["splits"]["train"]["num_images"] == 16
+        and contents(folder)["manifest.json"] == contents_of_new(tmp_path, source)["manifest.json"]
+    )
 
 
 def contents_of_new(tmp_path, source):

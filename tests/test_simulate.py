@@ -19,13 +19,20 @@ def test_more_gpus_divide_the_work_that_the_stages_have():
     for world in (1, 2, 8, 64):
         ideal = {name: stage(1, m, w)[0] / world for name, stage in sim.STAGES.items()}
         for name, stage in sim.STAGES.items():
-            assert ideal[name] <= stage(world, m, w)[0] * (1 + 1e-9) <= ideal[name] * 1.6, (name, world)
+            assert ideal[name] <= stage(world, m, w)[0] * (1 + 1e-9) <= ideal[name] * 1.6, (
+                name,
+                world,
+            )
     assert sim.expert(8, m, w)[0] == pytest.approx(sim.expert(1, m, w)[0] / 8)
 
 
 def test_nothing_goes_faster_than_its_units():
     m, w = sim.Machine(), sim.Work()
     count = len(chunks(w.classes, w.ipc, w.chunk))
-    assert sim.recover(count, m, w)[0] == sim.recover(10 * count, m, w)[0] == w.iterations * m.recover_ms / 1e3
+    assert (
+        sim.recover(count, m, w)[0]
+        == sim.recover(10 * count, m, w)[0]
+        == w.iterations * m.recover_ms / 1e3
+    )
     assert sim.recover(2 * count, m, w)[1] == "fewer chunks than GPUs"
     assert sim.calibrate(256, m, w)[0] >= w.passes / 2 * w.largest / 128 * m.forward_ms / 1e3

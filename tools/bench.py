@@ -43,7 +43,14 @@ def peak_mb(work: Callable[[], object]) -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's own mark of the peak starts again
     work()
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1e3
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        / 1e3
+    )
 
 
 def begin(doc: str) -> tuple[int, Ranks]:
@@ -54,14 +61,23 @@ def begin(doc: str) -> tuple[int, Ranks]:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(circumstances(args.threads), "\n")
-    return args.rounds, Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    return args.rounds, Ranks(
+        0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+    )
 
 
 def circumstances(threads: int) -> str:
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     else:
-        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+        model = next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.machine(),
+        )
         where = f"{model}, {threads} thread{'s' * (threads > 1)}"
     return f"{where}; torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
 
@@ -69,9 +85,16 @@ def circumstances(threads: int) -> str:
 def table(title: str, times: dict[str, list[float]], limit: str, items: int, unit: str) -> str:
     """Median, spread (the middle half), rate, and time relative to the candidate called `limit`."""
     base = statistics.median(times[limit])
-    lines = [f"### {title}", "", f"| | median s | middle half | {unit}/s | × {limit} |", "|---|---|---|---|---|"]
+    lines = [
+        f"### {title}",
+        "",
+        f"| | median s | middle half | {unit}/s | × {limit} |",
+        "|---|---|---|---|---|",
+    ]
     for name, values in times.items():
         quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
         middle = statistics.median(values)
-        lines.append(f"| {name} | {middle:.3f} | {quarters[0]:.3f} – {quarters[2]:.3f} | {items / middle:,.0f} | {middle / base:.2f} |")
+        lines.append(
+            f"| {name} | {middle:.3f} | {quarters[0]:.3f} – {quarters[2]:.3f} | {items / middle:,.0f} | {middle / base:.2f} |"
+        )
     return "\n".join([*lines, "", f"n = {len(next(iter(times.values())))} each, in turns.", ""])

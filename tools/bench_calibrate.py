@@ -30,7 +30,11 @@ def per_class_loop(model, layers, images, normalize, batch: int, spec: ViewSpec)
             for c in labels.unique().tolist():
                 rows = x[labels == c].double()
                 count, total, square = state.get((name, c), (0, 0, 0))
-                state[name, c] = (count + rows.numel() // rows.shape[1], total + rows.sum((0, 2, 3)), square + (rows**2).sum((0, 2, 3)))
+                state[name, c] = (
+                    count + rows.numel() // rows.shape[1],
+                    total + rows.sum((0, 2, 3)),
+                    square + (rows**2).sum((0, 2, 3)),
+                )
 
         return collect
 
@@ -51,12 +55,28 @@ def main() -> None:
     context = Context(ranks, Path("."), {}, "bench", 1e9, quiet=True)
     normalize = normalizer([0.5] * 3, [0.25] * 3, device)
     # (net, width, pixels, images, classes): images are noise, since only the time matters
-    for net, width, size, n, num_classes in (("convnet3", 64, 32, 1024, 10), ("resnet18_cifar", 0, 32, 128, 100), ("resnet18", 0, 224, 64, 100), ("resnet50", 0, 224, 64, 1000)):
+    for net, width, size, n, num_classes in (
+        ("convnet3", 64, 32, 1024, 10),
+        ("resnet18_cifar", 0, 32, 128, 100),
+        ("resnet18", 0, 224, 64, 100),
+        ("resnet50", 0, 224, 64, 1000),
+    ):
         batch = min(n, 64)
         generator = np.random.default_rng(0)
-        labels = np.sort(np.minimum(generator.exponential(num_classes / 5, n).astype(int), num_classes - 1))
-        images = MemoryImages(generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8), labels, device)
-        model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(registry.backbone(net, width, "batch", size), num_classes, 0), "bench").eval())  # noqa: B023
+        labels = np.sort(
+            np.minimum(generator.exponential(num_classes / 5, n).astype(int), num_classes - 1)
+        )
+        images = MemoryImages(
+            generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8), labels, device
+        )
+        model = ranks.to_device(
+            registry.seeded(
+                lambda: registry.TwoHeads(
+                    registry.backbone(net, width, "batch", size), num_classes, 0
+                ),
+                "bench",
+            ).eval()
+        )  # noqa: B023
         layers, spec = registry.norm_layers(model), ViewSpec(size)
         images.counts = np.bincount(labels, minlength=num_classes)
         images.counts = images.counts[: labels.max() + 1]
@@ -71,12 +91,25 @@ def main() -> None:
         times = in_turns(
             {
                 "bare forward pass": bare,
-                "calibration": lambda: calibrate.collect(model, layers, images, normalize, settings, context, "", spec),  # noqa: B023
-                "per-class loop": lambda: per_class_loop(model, layers, images, normalize, batch, spec),  # noqa: B023
+                "calibration": lambda: calibrate.collect(
+                    model, layers, images, normalize, settings, context, "", spec
+                ),  # noqa: B023
+                "per-class loop": lambda: per_class_loop(
+                    model, layers, images, normalize, batch, spec
+                ),  # noqa: B023
             },
             rounds,
         )
-        print(table(f"{net} at {size} px, {n} images, {num_classes} classes", times, "bare forward pass", n, "images"), flush=True)
+        print(
+            table(
+                f"{net} at {size} px, {n} images, {num_classes} classes",
+                times,
+                "bare forward pass",
+                n,
+                "images",
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

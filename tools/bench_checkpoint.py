@@ -25,7 +25,12 @@ STEPS, SECONDS = 12, 60.0
 
 def main() -> None:
     rounds, ranks = begin(__doc__)
-    model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(registry.backbone("resnet50", 0, "batch", 64), 1000, 0), "bench")).train()
+    model = ranks.to_device(
+        registry.seeded(
+            lambda: registry.TwoHeads(registry.backbone("resnet50", 0, "batch", 64), 1000, 0),
+            "bench",
+        )
+    ).train()
     optimizer = engine.sgd(model, Expert(lr=0.01), ranks.device)
     x = torch.randn(16, 3, 64, 64, device=ranks.device)
 
@@ -45,16 +50,37 @@ def main() -> None:
                 step()
                 if save and k == 1:
                     number[0] += 1
-                    checkpoints.save(number[0], {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, wait)
+                    checkpoints.save(
+                        number[0],
+                        {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                        wait,
+                    )
             checkpoints.wait()
 
-        times = in_turns({"no save": lambda: steps(False), "one save, in the background": lambda: steps(True), "one save, waited for": lambda: steps(True, True)}, rounds)
+        times = in_turns(
+            {
+                "no save": lambda: steps(False),
+                "one save, in the background": lambda: steps(True),
+                "one save, waited for": lambda: steps(True, True),
+            },
+            rounds,
+        )
         size = max(p.stat().st_size for p in (Path(folder) / "c").glob("step-*.pt"))
-    print(table(f"ResNet-50, {STEPS} steps of 16 images of 64 px, checkpoint of {size / 1e6:.0f} MB", times, "no save", STEPS, "steps"))
+    print(
+        table(
+            f"ResNet-50, {STEPS} steps of 16 images of 64 px, checkpoint of {size / 1e6:.0f} MB",
+            times,
+            "no save",
+            STEPS,
+            "steps",
+        )
+    )
     base = statistics.median(times["no save"])
     for name in ("one save, in the background", "one save, waited for"):
         extra = statistics.median(times[name]) - base
-        print(f"{name}: {extra:.2f} s more, {100 * extra / SECONDS:.1f} % of the time at one in {SECONDS:.0f} s")
+        print(
+            f"{name}: {extra:.2f} s more, {100 * extra / SECONDS:.1f} % of the time at one in {SECONDS:.0f} s"
+        )
 
 
 if __name__ == "__main__":

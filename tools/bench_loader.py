@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all candidates, as `ltdd-scale` sets it: torch reads it when it is imported
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # for all candidates, as `ltdd-scale` sets it: torch reads it when it is imported
 import torch
 
 from ltdd_scale.config import Config, Data, Expert
@@ -48,13 +50,26 @@ def make_set(jpegs: Path, folder: Path, num_images: int) -> None:
         (folder / "tree" / "test" / f"{c}").mkdir(parents=True)
         (folder / "tree" / "test" / f"{c}" / "0.jpg").symlink_to(real[c])
     (folder / "shards").mkdir()
-    shards.write(folder / "shards", "bench", sources.open_source(Data(source="folder", path=str(folder / "tree"), profile="full")), 2000, 0)
+    shards.write(
+        folder / "shards",
+        "bench",
+        sources.open_source(Data(source="folder", path=str(folder / "tree"), profile="full")),
+        2000,
+        0,
+    )
 
 
 def transform():
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
 
 
 def ours(folder: Path, backend: str, cores: int, start: int = 0):
@@ -63,7 +78,20 @@ def ours(folder: Path, backend: str, cores: int, start: int = 0):
     config.runtime.workers = cores
     images, spec = stream_images(split, config, CPU), ViewSpec(SIDE, (0.08, 1.0))
     steps = len(split) // BATCH
-    return images.stream(EpochPlans(Expert(batch_size=BATCH), spec, images, "bench", 0, int(start * steps), steps, Ranks(0, 1, CPU, None), 1), spec)
+    return images.stream(
+        EpochPlans(
+            Expert(batch_size=BATCH),
+            spec,
+            images,
+            "bench",
+            0,
+            int(start * steps),
+            steps,
+            Ranks(0, 1, CPU, None),
+            1,
+        ),
+        spec,
+    )
 
 
 def webdataset_torchvision(folder: Path, workers: int):
@@ -71,16 +99,26 @@ def webdataset_torchvision(folder: Path, workers: int):
 
     urls = sorted(map(str, (folder / "shards").glob("*-train-*.tar")))
     change = transform()
-    data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+    data = (
+        webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+    )
     data = data.map(lambda sample: (change(sample[0]),)).batched(BATCH)
-    return (x for (x,) in webdataset.WebLoader(data, batch_size=None, num_workers=min(workers, len(urls))))
+    return (
+        x
+        for (x,) in webdataset.WebLoader(data, batch_size=None, num_workers=min(workers, len(urls)))
+    )
 
 
 def image_folder(folder: Path, workers: int):
     from torchvision.datasets import ImageFolder
 
     data = ImageFolder(folder / "tree" / "train", transform())
-    return (x for x, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers))
+    return (
+        x for x, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers)
+    )
 
 
 def dali_reader(folder: Path, cores: int):
@@ -91,11 +129,28 @@ def dali_reader(folder: Path, cores: int):
     pipe = Pipeline(BATCH, cores, None, seed=0, exec_dynamic=True)
     with pipe:
         encoded, _ = fn.readers.webdataset(
-            paths=[str(t) for t in tars], index_paths=[str(t.with_suffix(".idx")) for t in tars], ext=["jpg", "cls"], missing_component_behavior="error", random_shuffle=True
+            paths=[str(t) for t in tars],
+            index_paths=[str(t.with_suffix(".idx")) for t in tars],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+            random_shuffle=True,
         )
-        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, random_area=[0.08, 1.0])
-        images = fn.resize(images, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
-        pipe.set_outputs(fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW"))
+        images = fn.decoders.image_random_crop(
+            encoded, output_type=types.RGB, random_area=[0.08, 1.0]
+        )
+        images = fn.resize(
+            images, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True
+        )
+        pipe.set_outputs(
+            fn.crop_mirror_normalize(
+                images,
+                mirror=fn.random.coin_flip(),
+                mean=0.0,
+                std=255.0,
+                dtype=types.FLOAT,
+                output_layout="CHW",
+            )
+        )
     while True:
         yield torch.from_dlpack(pipe.run()[0].as_tensor())
 
@@ -109,7 +164,11 @@ def decoding(folder: Path, cores: int):
     parts = (order[i : i + BATCH] for i in range(0, len(order), BATCH))
     pipe = Pipeline(BATCH, cores, None, exec_dynamic=True)
     with pipe:
-        pipe.set_outputs(fn.decoders.image(fn.external_source(source=lambda: [split.view(int(i)) for i in next(parts)], ndim=1)))
+        pipe.set_outputs(
+            fn.decoders.image(
+                fn.external_source(source=lambda: [split.view(int(i)) for i in next(parts)], ndim=1)
+            )
+        )
     while True:
         yield pipe.run()[0]
 
@@ -129,8 +188,14 @@ CANDIDATES = {
     "DALI's own reader, no Python": dali_reader,
     "limit: decoding whole images (DALI)": decoding,
     "limit: reading": lambda f, n: reading(f),
-    **{f"webdataset + torchvision, {w} workers": lambda f, n, w=w: webdataset_torchvision(f, w) for w in (2, 4)},
-    **{f"ImageFolder + torchvision, {w} workers": lambda f, n, w=w: image_folder(f, w) for w in (2, 4)},
+    **{
+        f"webdataset + torchvision, {w} workers": lambda f, n, w=w: webdataset_torchvision(f, w)
+        for w in (2, 4)
+    },
+    **{
+        f"ImageFolder + torchvision, {w} workers": lambda f, n, w=w: image_folder(f, w)
+        for w in (2, 4)
+    },
 }
 
 
@@ -143,24 +208,50 @@ def measure(name: str, folder: Path, cores: int, batches: int) -> dict:
     first = time.perf_counter() - begin
     for _ in range(2):
         next(stream)
-    own = lambda: sum(int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Anonymous")) / 1024  # noqa: E731
+    own = lambda: (
+        sum(
+            int(line.split()[1])
+            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
+            if line.startswith("Anonymous")
+        )
+        / 1024
+    )  # noqa: E731
     begin, done, early = time.perf_counter(), 0, 0.0
     for k, batch in enumerate(islice(stream, batches)):
         done += len(batch)
         if k == batches // 4:
             early = own()  # by now buffers have found their size
     took = time.perf_counter() - begin
-    return {"rate": done / took, "first": first, "grew": own() - early, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "rate": done / took,
+        "first": first,
+        "grew": own() - early,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("jpegs", type=Path)
-    parser.add_argument("--images", type=int, default=20000, help="images of the set that is made by repeating the given ones")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=20000,
+        help="images of the set that is made by repeating the given ones",
+    )
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batches", type=int, default=60, help="batches measured a candidate and round; few would count what workers had ready")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=60,
+        help="batches measured a candidate and round; few would count what workers had ready",
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="where the set is made and kept for the next time")
+    parser.add_argument(
+        "--keep", type=Path, help="where the set is made and kept for the next time"
+    )
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.candidate:
@@ -171,9 +262,13 @@ def main() -> None:
         if not (folder / "shards" / "manifest.json").exists():
             begin = time.perf_counter()
             make_set(args.jpegs, folder, args.images)
-            print(f"sharding: {args.images / (time.perf_counter() - begin):.0f} images/s, links included\n")
+            print(
+                f"sharding: {args.images / (time.perf_counter() - begin):.0f} images/s, links included\n"
+            )
         total = 0
-        for tar in sorted((folder / "shards").glob("*.tar")):  # into memory, where it fits: the reader of tars walks through few of them, ours through all
+        for tar in sorted(
+            (folder / "shards").glob("*.tar")
+        ):  # into memory, where it fits: the reader of tars walks through few of them, ours through all
             with open(tar, "rb") as f:
                 while part := len(f.read(1 << 24)):
                     total += part
@@ -182,13 +277,38 @@ def main() -> None:
         skipped = () if dali.is_installed() else ("DALI",)
         for _ in range(args.rounds):
             for name in (n for n in CANDIDATES if not any(word in n for word in skipped)):
-                call = [sys.executable, __file__, str(args.jpegs), "--keep", str(folder), "--cores", str(args.cores), "--batches", str(args.batches), "--candidate", name]
-                found[name].append(json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-        print("| | images/s, median | from – to | first batch, s | memory grew, MB | peak, MB |\n|---|---|---|---|---|---|")
+                call = [
+                    sys.executable,
+                    __file__,
+                    str(args.jpegs),
+                    "--keep",
+                    str(folder),
+                    "--cores",
+                    str(args.cores),
+                    "--batches",
+                    str(args.batches),
+                    "--candidate",
+                    name,
+                ]
+                found[name].append(
+                    json.loads(
+                        subprocess.run(
+                            call, capture_output=True, text=True, check=True
+                        ).stdout.splitlines()[-1]
+                    )
+                )
+        print(
+            "| | images/s, median | from – to | first batch, s | memory grew, MB | peak, MB |\n|---|---|---|---|---|---|"
+        )
         for name, runs in found.items():
             if runs:
-                rates, middle = [r["rate"] for r in runs], lambda key, runs=runs: statistics.median(r[key] for r in runs)
-                print(f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} – {max(rates):.0f} | {middle('first'):.2f} | {middle('grew'):.0f} | {middle('peak'):.0f} |")
+                rates, middle = (
+                    [r["rate"] for r in runs],
+                    lambda key, runs=runs: statistics.median(r[key] for r in runs),
+                )
+                print(
+                    f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} – {max(rates):.0f} | {middle('first'):.2f} | {middle('grew'):.0f} | {middle('peak'):.0f} |"
+                )
 
 
 if __name__ == "__main__":

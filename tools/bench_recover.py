@@ -37,7 +37,9 @@ def published(images, labels, model, layers, targets, steps: int, size: int) -> 
         return align
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    crop = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+    crop = v2.Compose(
+        [v2.RandomResizedCrop(size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    )
     for _ in range(steps):
         terms.clear()
         shown = torch.stack([crop(image) for image in x])
@@ -54,18 +56,46 @@ def published(images, labels, model, layers, targets, steps: int, size: int) -> 
 def main() -> None:
     rounds, ranks = begin(__doc__)
     device = ranks.device
-    for net, width, size, n, steps in (("convnet3", 64, 32, 100, 10), ("resnet18", 0, 224, 16, 2), ("resnet50", 0, 224, 8, 2)):
-        model = ranks.to_device(registry.seeded(lambda: registry.TwoHeads(registry.backbone(net, width, "batch", size), 10, 0), "bench"))  # noqa: B023
+    for net, width, size, n, steps in (
+        ("convnet3", 64, 32, 100, 10),
+        ("resnet18", 0, 224, 16, 2),
+        ("resnet50", 0, 224, 8, 2),
+    ):
+        model = ranks.to_device(
+            registry.seeded(
+                lambda: registry.TwoHeads(registry.backbone(net, width, "batch", size), 10, 0),
+                "bench",
+            )
+        )  # noqa: B023
         model.eval().requires_grad_(False)
         layers = registry.norm_layers(model)
-        targets = {k: [(w, torch.zeros(m.num_features, device=device), torch.ones(m.num_features, device=device)) for w in (0.5, 0.5)] for k, m in layers.items()}
+        targets = {
+            k: [
+                (
+                    w,
+                    torch.zeros(m.num_features, device=device),
+                    torch.ones(m.num_features, device=device),
+                )
+                for w in (0.5, 0.5)
+            ]
+            for k, m in layers.items()
+        }
         torch.manual_seed(0)
-        images, labels = torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device) % 10
+        images, labels = (
+            torch.randn(n, 3, size, size, device=device),
+            torch.arange(n, device=device) % 10,
+        )
         settings = Recover(iterations=steps, ce=0.1, teacher_ce=0)
         spec, sizes = ViewSpec(size, (0.5, 1.0)), np.full((n, 2), size)
         drawn = [spec.draw(rng("bench", t), sizes) for t in range(steps)]
-        views = (torch.from_numpy(np.stack([d.windows for d in drawn])).to(device), torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device))
-        low, high = torch.full((1, 3, 1, 1), -2.0, device=device), torch.full((1, 3, 1, 1), 2.0, device=device)
+        views = (
+            torch.from_numpy(np.stack([d.windows for d in drawn])).to(device),
+            torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device),
+        )
+        low, high = (
+            torch.full((1, 3, 1, 1), -2.0, device=device),
+            torch.full((1, 3, 1, 1), 2.0, device=device),
+        )
 
         def bare():
             x = images.clone().requires_grad_()  # noqa: B023
@@ -75,16 +105,40 @@ def main() -> None:
 
         def ours(settings=settings):
             alignment = recover.Alignment(layers, targets, settings)  # noqa: B023
-            recover.recover_chunk(images, labels, model, None, alignment, low, high, settings, views, size, ranks)  # noqa: B023
+            recover.recover_chunk(
+                images, labels, model, None, alignment, low, high, settings, views, size, ranks
+            )  # noqa: B023
             alignment.close()
 
-        candidates = {"forward + input gradient": bare, "recovery": ours, "published formulation": lambda: published(images, labels, model, layers, targets, steps, size)}  # noqa: B023
+        candidates = {
+            "forward + input gradient": bare,
+            "recovery": ours,
+            "published formulation": lambda: published(
+                images, labels, model, layers, targets, steps, size
+            ),
+        }  # noqa: B023
         if net != "convnet3":  # takes images of one size only
             staged = replace(settings, resolutions=[size * 5 // 7, size], residual=0.5)
-            candidates[f"recovery, half of the steps at {size * 5 // 7} px (FADRM)"] = lambda: ours(staged)  # noqa: B023
+            candidates[f"recovery, half of the steps at {size * 5 // 7} px (FADRM)"] = lambda: ours(
+                staged
+            )  # noqa: B023
         times = in_turns(candidates, rounds)
-        print(table(f"{net} at {size} px, batch {n}, {steps} steps, float32", times, "forward + input gradient", n * steps, "image-iterations"), flush=True)
-        print("Peak memory: " + ", ".join(f"{name} {peak_mb(work):,.0f} MB" for name, work in candidates.items()) + "\n", flush=True)
+        print(
+            table(
+                f"{net} at {size} px, batch {n}, {steps} steps, float32",
+                times,
+                "forward + input gradient",
+                n * steps,
+                "image-iterations",
+            ),
+            flush=True,
+        )
+        print(
+            "Peak memory: "
+            + ", ".join(f"{name} {peak_mb(work):,.0f} MB" for name, work in candidates.items())
+            + "\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def copy(paths: list[Path], target: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("jpegs", type=Path)
     parser.add_argument("--images", type=int, default=2400, help="made by repeating the given ones")
     parser.add_argument("--rounds", type=int, default=3)
@@ -66,7 +68,11 @@ def main() -> None:
             list(pool.map(copy, parts, [str(root / "copy")] * len(parts)))
             shutil.rmtree(root / "copy")
 
-        candidates = {"ours": ours, "limit: decoding whole images (Pillow)": lambda: list(pool.map(decode, parts)), "limit: copying, flushed to the disk": copying}
+        candidates = {
+            "ours": ours,
+            "limit: decoding whole images (Pillow)": lambda: list(pool.map(decode, parts)),
+            "limit: copying, flushed to the disk": copying,
+        }
         rates: dict[str, list[float]] = {name: [] for name in candidates}
         for turn in range(args.rounds + 1):
             for name, work in candidates.items():
@@ -74,7 +80,9 @@ def main() -> None:
                 work()
                 if turn:
                     rates[name].append(args.images / (time.perf_counter() - begin))
-    print(f"{circumstances(1)}; {cores} cores, {args.images} images, 12 tars, n = {args.rounds}\n\n| | images/s, median | from – to |\n|---|---|---|")
+    print(
+        f"{circumstances(1)}; {cores} cores, {args.images} images, 12 tars, n = {args.rounds}\n\n| | images/s, median | from – to |\n|---|---|---|"
+    )
     for name, found in rates.items():
         print(f"| {name} | {statistics.median(found):.0f} | {min(found):.0f} – {max(found):.0f} |")
     limit = min(statistics.median(v) for k, v in rates.items() if k != "ours")

@@ -30,7 +30,9 @@ def median(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} s ({min(values):.2f} – {max(values):.2f})"
 
 
-def submissions(made: campaign.Campaign, wants: profile.Profile, rounds: int) -> tuple[list[float], list[float], float]:
+def submissions(
+    made: campaign.Campaign, wants: profile.Profile, rounds: int
+) -> tuple[list[float], list[float], float]:
     """Seconds to submit one array, and the same without sbatch; bytes of one element's pickle."""
     folder = made.folder
     commands = [["recover", "config.yaml", "--part", f"{k}/{ELEMENTS}"] for k in range(ELEMENTS)]
@@ -60,34 +62,59 @@ def until(condition, seconds: float):
 
 
 def one_state(number: str, column: str) -> str:
-    return subprocess.run(["squeue", "-h", "-t", "all", "-j", number, "-o", column], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["squeue", "-h", "-t", "all", "-j", number, "-o", column], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", type=Path, default=ROOT / "slurm" / "testbed.yaml")
     args = parser.parse_args()
     slurm.need_slurm()
     wants, work = profile.load(args.profile), Path(tempfile.mkdtemp(prefix="bench-slurm-", dir="."))
     work = work.absolute()
-    config = configuration.load(ROOT / "configs" / "quickstart.yaml", ["observer.epochs=100000", "runtime.device=auto"])
-    made = campaign.make("bench", work / "run" / "jobs", work / "store", {"": (config, work / "run")}, wants)
+    config = configuration.load(
+        ROOT / "configs" / "quickstart.yaml", ["observer.epochs=100000", "runtime.device=auto"]
+    )
+    made = campaign.make(
+        "bench", work / "run" / "jobs", work / "store", {"": (config, work / "run")}, wants
+    )
     session.Session(config, work / "run", work / "store", []).enter()
     campaign.prepare(made)
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
-    print(f"{version}; medians of {args.rounds} (smallest – largest)\n\n| what | measured |\n|---|---|")
+    print(
+        f"{version}; medians of {args.rounds} (smallest – largest)\n\n| what | measured |\n|---|---|"
+    )
     whole, dry, size = submissions(made, wants, args.rounds)
-    print(f"| submit one array of {ELEMENTS:,} elements | {median(whole)}; {size:,} bytes a pickle |\n| the same, dry (the sbatch file only) | {median(dry)} |", flush=True)
+    print(
+        f"| submit one array of {ELEMENTS:,} elements | {median(whole)}; {size:,} bytes a pickle |\n| the same, dry (the sbatch file only) | {median(dry)} |",
+        flush=True,
+    )
 
     made.jobs = [j for j in made.jobs if j.name in ("shard", "observer")]
     campaign.submit(made, wants, 0, lambda text: None)
     number = made.ids["observer"]
     log = made.folder / "logs" / f"{number}_0_log.err"
-    until(lambda: list((work / "store/experts").glob("*/checkpoints/step-*.pt")) or one_state(number, "%T") == "RUNNING", 120)
+    until(
+        lambda: (
+            list((work / "store/experts").glob("*/checkpoints/step-*.pt"))
+            or one_state(number, "%T") == "RUNNING"
+        ),
+        120,
+    )
     saved, ended, back = [], [], []
     for turn in range(args.rounds):
-        until(lambda: log.exists() and re.search(r"\d+ steps\)|resumed", log.read_text().rsplit("== job", 1)[-1]), 180)
+        until(
+            lambda: (
+                log.exists()
+                and re.search(r"\d+ steps\)|resumed", log.read_text().rsplit("== job", 1)[-1])
+            ),
+            180,
+        )
         time.sleep(2)  # steps go by
         begin = time.perf_counter()
         subprocess.run(["scancel", "--signal=USR2", number], check=True)
@@ -111,8 +138,15 @@ def main() -> None:
         took.append(time.perf_counter() - t)
         looks += 1
         time.sleep(5)
-    found = re.search(r"REQUEST_JOB_INFO\S*\s+\(\s*\d+\) count:(\d+)\s+ave_time:(\d+)", subprocess.run(["sdiag"], capture_output=True, text=True).stdout)
-    rpc = f"; the controller counted {found[1]} job queries, {int(found[2]) / 1e3:.1f} ms each" if found else ""
+    found = re.search(
+        r"REQUEST_JOB_INFO\S*\s+\(\s*\d+\) count:(\d+)\s+ave_time:(\d+)",
+        subprocess.run(["sdiag"], capture_output=True, text=True).stdout,
+    )
+    rpc = (
+        f"; the controller counted {found[1]} job queries, {int(found[2]) / 1e3:.1f} ms each"
+        if found
+        else ""
+    )
     print(f"| watching: looks a minute | {looks} (one squeue call each, {median(took)}){rpc} |")
     slurm.cancel([number])
     until(lambda: not one_state(number, "%T") or one_state(number, "%T") in slurm.OVER, 60)

@@ -16,20 +16,52 @@ from ltdd_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ilsvrc", type=Path, help="folder with train/<wnid>/*.JPEG and val/")
-    parser.add_argument("--lists", type=Path, help="folder of ImageNet_LT_{train,val,test}.txt (default: ILSVRC)")
+    parser.add_argument(
+        "--lists", type=Path, help="folder of ImageNet_LT_{train,val,test}.txt (default: ILSVRC)"
+    )
     parser.add_argument("--out", type=Path, default=Path("shards/imagenet_lt"))
-    parser.add_argument("--shard-images", type=int, default=Data().shard_images, help="images a tar (default: %(default)s, about 220 MB)")
-    parser.add_argument("--side", type=int, default=0, help="store centre squares of this side instead of the original bytes")
-    parser.add_argument("--quality", type=int, default=0, help="JPEG quality of those squares (default: lossless PNG)")
+    parser.add_argument(
+        "--shard-images",
+        type=int,
+        default=Data().shard_images,
+        help="images a tar (default: %(default)s, about 220 MB)",
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=0,
+        help="store centre squares of this side instead of the original bytes",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=0,
+        help="JPEG quality of those squares (default: lossless PNG)",
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one a core, up to 16)")
     args = parser.parse_args()
-    lists = {f"{split}_list": str((args.lists or args.ilsvrc).absolute() / f"ImageNet_LT_{split}.txt") for split in ("train", "val", "test")}
+    lists = {
+        f"{split}_list": str((args.lists or args.ilsvrc).absolute() / f"ImageNet_LT_{split}.txt")
+        for split in ("train", "val", "test")
+    }
     try:
-        source = sources.open_source(Data(source="list", path=str(args.ilsvrc), profile="full", **lists))
+        source = sources.open_source(
+            Data(source="list", path=str(args.ilsvrc), profile="full", **lists)
+        )
         args.out.mkdir(parents=True, exist_ok=True)
-        shards.write(args.out, "imagenet_lt", source, args.shard_images, args.side, args.workers, quality=args.quality)
+        shards.write(
+            args.out,
+            "imagenet_lt",
+            source,
+            args.shard_images,
+            args.side,
+            args.workers,
+            quality=args.quality,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

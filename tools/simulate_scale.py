@@ -74,17 +74,30 @@ def all_reduce(gb: float, world: int, m: Machine) -> float:
     """Seconds of a ring all-reduce."""
     if world == 1:
         return 0.0
-    return 2 * (world - 1) / world * gb / (m.local_gb if world <= m.box else m.network_gb) + 2 * math.log2(world) * m.latency_us * 1e-6
+    return (
+        2 * (world - 1) / world * gb / (m.local_gb if world <= m.box else m.network_gb)
+        + 2 * math.log2(world) * m.latency_us * 1e-6
+    )
 
 
 def expert(world: int, m: Machine, w: Work) -> tuple[float, str]:
     """One expert: the global batch stays, so a rank's slice shrinks."""
-    local = max(s.stop - s.start for s in (rank_slice(w.global_batch, r, world) for r in range(world)))
+    local = max(
+        s.stop - s.start for s in (rank_slice(w.global_batch, r, world) for r in range(world))
+    )
     compute = m.step_ms / 1e3 * max(local / m.local_batch, m.floor)
     load = 4 * local / m.decode  # two views of two streams
-    norms = 2 * w.norm_layers * all_reduce(1e-6, world, m)  # BatchNorm over all ranks waits, forward and backward
-    waits = max(0.0, all_reduce(w.parameters * 4 / 1e9, world, m) - compute * 2 / 3)  # gradients travel during the backward pass
-    parts = {"arithmetic" if local >= m.local_batch * m.floor else "steps too small for a GPU": compute, "BatchNorm over ranks": norms, "gradients": waits}
+    norms = (
+        2 * w.norm_layers * all_reduce(1e-6, world, m)
+    )  # BatchNorm over all ranks waits, forward and backward
+    waits = max(
+        0.0, all_reduce(w.parameters * 4 / 1e9, world, m) - compute * 2 / 3
+    )  # gradients travel during the backward pass
+    parts = {
+        "arithmetic" if local >= m.local_batch * m.floor else "steps too small for a GPU": compute,
+        "BatchNorm over ranks": norms,
+        "gradients": waits,
+    }
     step = sum(parts.values())
     bound = "decoding" if load > step else max(parts, key=lambda k: parts[k])
     return max(step, load) * (w.images // w.global_batch) * w.epochs, bound
@@ -95,46 +108,93 @@ def calibrate(world: int, m: Machine, w: Work) -> tuple[float, str]:
     sizes = np.asarray([counts[u].sum() for u in class_units(counts, w.unit)])
     busiest = max(sizes[part].sum() for part in spread(sizes, world) if part)
     # Over all passes: a forward pass is half as long on average, each image is decoded again, each layer's sums travel once.
-    arithmetic, load, talk = w.passes / 2 * busiest / 128 * m.forward_ms / 1e3, w.passes * busiest / m.decode, all_reduce(w.statistics_gb, world, m)
-    bound = "the sums' all-reduce" if talk > max(arithmetic, load) else "the largest class" if busiest <= w.largest else "decoding" if load > arithmetic else "arithmetic"
+    arithmetic, load, talk = (
+        w.passes / 2 * busiest / 128 * m.forward_ms / 1e3,
+        w.passes * busiest / m.decode,
+        all_reduce(w.statistics_gb, world, m),
+    )
+    bound = (
+        "the sums' all-reduce"
+        if talk > max(arithmetic, load)
+        else "the largest class"
+        if busiest <= w.largest
+        else "decoding"
+        if load > arithmetic
+        else "arithmetic"
+    )
     return max(arithmetic, load) + talk, bound
 
 
 def recover(world: int, m: Machine, w: Work) -> tuple[float, str]:
     work = chunks(w.classes, w.ipc, w.chunk)
     turns = max(len(work[r::world]) for r in range(world))
-    bound = "fewer chunks than GPUs" if len(work) < world else "the last round of chunks" if turns * world > 1.15 * len(work) else "arithmetic"
+    bound = (
+        "fewer chunks than GPUs"
+        if len(work) < world
+        else "the last round of chunks"
+        if turns * world > 1.15 * len(work)
+        else "arithmetic"
+    )
     return turns * w.iterations * m.recover_ms / 1e3, bound
 
 
 def relabel(world: int, m: Machine, w: Work) -> tuple[float, str]:
     turns = max(len(range(r, w.label_epochs, world)) for r in range(world))
-    bound = "fewer epochs than GPUs" if w.label_epochs < world else "the last round of epochs" if turns * world > 1.15 * w.label_epochs else "arithmetic"
+    bound = (
+        "fewer epochs than GPUs"
+        if w.label_epochs < world
+        else "the last round of epochs"
+        if turns * world > 1.15 * w.label_epochs
+        else "arithmetic"
+    )
     return turns * math.ceil(w.classes * w.ipc / 128) * m.forward_ms / 1e3, bound
 
 
-STAGES = {"one expert": expert, "calibration": calibrate, "recovery": recover, "relabelling": relabel}
+STAGES = {
+    "one expert": expert,
+    "calibration": calibrate,
+    "recovery": recover,
+    "relabelling": relabel,
+}
 
 
 def table(m: Machine, w: Work) -> str:
-    lines = ["| GPUs | " + " | ".join(f"{s}, min | × one GPU | bound by" for s in STAGES) + " |", "|---" * (1 + 3 * len(STAGES)) + "|"]
+    lines = [
+        "| GPUs | " + " | ".join(f"{s}, min | × one GPU | bound by" for s in STAGES) + " |",
+        "|---" * (1 + 3 * len(STAGES)) + "|",
+    ]
     for world in WORLDS:
         cells = []
         for stage in STAGES.values():
             seconds, bound = stage(world, m, w)
             cells.append(f"{seconds / 60:.2f} | {stage(1, m, w)[0] / seconds:.1f} | {bound}")
         lines.append(f"| {world} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nA checkpoint of {w.checkpoint_gb} GB is written behind training in {w.checkpoint_gb / m.disk_gb:.1f} s."
+    return (
+        "\n".join(lines)
+        + f"\n\nA checkpoint of {w.checkpoint_gb} GB is written behind training in {w.checkpoint_gb / m.disk_gb:.1f} s."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for kind in (Machine, Work):
         for f in fields(kind):
-            parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=f"{kind.__name__.lower()} (default: %(default)s)")
+            parser.add_argument(
+                f"--{f.name.replace('_', '-')}",
+                type=type(f.default),
+                default=f.default,
+                help=f"{kind.__name__.lower()} (default: %(default)s)",
+            )
     args = vars(parser.parse_args())
     m, w = (kind(**{f.name: args[f.name] for f in fields(kind)}) for kind in (Machine, Work))
-    print("Assumed: " + ", ".join(f"{f.name} {getattr(m, f.name):g}" for f in fields(m)) + "\n\n" + table(m, w))
+    print(
+        "Assumed: "
+        + ", ".join(f"{f.name} {getattr(m, f.name):g}" for f in fields(m))
+        + "\n\n"
+        + table(m, w)
+    )
 
 
 if __name__ == "__main__":

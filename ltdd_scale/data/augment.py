@@ -52,10 +52,21 @@ class ViewSpec:
         """What is left of `views` for a backend that has cut the crop (it leaves shifts alone)."""
         if self.crop_scale is None:
             return views
-        return Views(np.tile(np.float32([0, 0, 1, 1]), (len(views.windows), 1)), views.mirrored, views.ops, views.signs)
+        return Views(
+            np.tile(np.float32([0, 0, 1, 1]), (len(views.windows), 1)),
+            views.mirrored,
+            views.ops,
+            views.signs,
+        )
 
 
-def _crop_windows(rng: np.random.Generator, sizes: np.ndarray, scale: tuple[float, float], ratio=(3 / 4, 4 / 3), tries: int = 10) -> np.ndarray:
+def _crop_windows(
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    scale: tuple[float, float],
+    ratio=(3 / 4, 4 / 3),
+    tries: int = 10,
+) -> np.ndarray:
     """torchvision's RandomResizedCrop, for all images at once: the first of `tries` windows that fits, else the largest centred one."""
     n = len(sizes)
     width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
@@ -104,7 +115,9 @@ def _resampling(start: torch.Tensor, extent: torch.Tensor, source: int, size: in
     return weight / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def crop_resize(images: torch.Tensor, windows: torch.Tensor, mirrored: torch.Tensor, size: int) -> torch.Tensor:
+def crop_resize(
+    images: torch.Tensor, windows: torch.Tensor, mirrored: torch.Tensor, size: int
+) -> torch.Tensor:
     """Crops of images float [n, C, H, W] resized to [n, C, size, size], some mirrored.
 
     Written as two small matrix products an image rather than `grid_sample`, whose gradient on a GPU adds in no fixed order.
@@ -118,7 +131,9 @@ def crop_resize(images: torch.Tensor, windows: torch.Tensor, mirrored: torch.Ten
 
 def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torch.Tensor:
     """One RandAugment operation on float images in [0, 1], magnitudes as torchvision scales them."""
-    from torchvision.transforms.v2 import functional as tvf  # a second of every process's start: only where it is needed
+    from torchvision.transforms.v2 import (
+        functional as tvf,
+    )  # a second of every process's start: only where it is needed
 
     m, s = magnitude / 30, -1.0 if sign else 1.0
     size = images.shape[-1]
@@ -127,9 +142,17 @@ def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torc
         case 0:
             return images
         case 1:
-            return tvf.affine(images, **{**affine, "shear": [s * np.degrees(np.arctan(0.3 * m)), 0.0]}, center=[0, 0])
+            return tvf.affine(
+                images,
+                **{**affine, "shear": [s * np.degrees(np.arctan(0.3 * m)), 0.0]},
+                center=[0, 0],
+            )
         case 2:
-            return tvf.affine(images, **{**affine, "shear": [0.0, s * np.degrees(np.arctan(0.3 * m))]}, center=[0, 0])
+            return tvf.affine(
+                images,
+                **{**affine, "shear": [0.0, s * np.degrees(np.arctan(0.3 * m))]},
+                center=[0, 0],
+            )
         case 3:
             return tvf.affine(images, **{**affine, "translate": [int(s * m * 150 / 331 * size), 0]})
         case 4:
@@ -171,7 +194,9 @@ def apply_ops(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tenso
             op, sign = divmod(int(pair), 2)
             if op:
                 members = torch.from_numpy(np.flatnonzero(pairs == pair)).to(images.device)
-                images[members] = _apply_op(images[members], op, bool(sign), spec.magnitude).clamp(0, 1)
+                images[members] = _apply_op(images[members], op, bool(sign), spec.magnitude).clamp(
+                    0, 1
+                )
     return images
 
 

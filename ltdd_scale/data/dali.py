@@ -29,7 +29,10 @@ DEPTH = 2  # batches decoded ahead
 
 
 def is_installed() -> bool:
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    return (
+        importlib.util.find_spec("nvidia") is not None
+        and importlib.util.find_spec("nvidia.dali") is not None
+    )
 
 
 class _Resizer:
@@ -39,12 +42,19 @@ class _Resizer:
         self.side, self.threads, self.pool = side, threads, ThreadPoolExecutor(threads, "resize")
 
     def __call__(self, decoded: list[torch.Tensor], mirrored: np.ndarray) -> torch.Tensor:
-        with torch.inference_mode(False):  # the mode is the caller's thread's alone: ours could not write into a tensor made in it
+        with torch.inference_mode(
+            False
+        ):  # the mode is the caller's thread's alone: ours could not write into a tensor made in it
             out = torch.empty(len(decoded), 3, self.side, self.side)
 
         def some(first: int) -> None:
             for k in range(first, len(decoded), self.threads):
-                small = F.interpolate(decoded[k].permute(2, 0, 1)[None], (self.side, self.side), mode="bilinear", antialias=True)[0]
+                small = F.interpolate(
+                    decoded[k].permute(2, 0, 1)[None],
+                    (self.side, self.side),
+                    mode="bilinear",
+                    antialias=True,
+                )[0]
                 out[k].copy_(small.flip(-1) if mirrored[k] else small).mul_(1 / 255)
 
         list(self.pool.map(some, range(self.threads)))
@@ -59,10 +69,21 @@ class _Pipeline:
 
         gpu = device.type == "cuda"
         self.batch_size, self.feed = batch_size, iter(())
-        self.pipe = Pipeline(batch_size, threads, device.index or 0 if gpu else None, seed=0, prefetch_queue_depth=DEPTH, exec_dynamic=True)
+        self.pipe = Pipeline(
+            batch_size,
+            threads,
+            device.index or 0 if gpu else None,
+            seed=0,
+            prefetch_queue_depth=DEPTH,
+            exec_dynamic=True,
+        )
         with self.pipe:
             encoded, anchor, shape, mirror = fn.external_source(
-                source=lambda: next(self.feed), num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0], no_copy=True
+                source=lambda: next(self.feed),
+                num_outputs=4,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 0],
+                no_copy=True,
             )
             images = fn.decoders.image_slice(
                 encoded,
@@ -76,8 +97,20 @@ class _Pipeline:
                 adjust_orientation=False,  # pixels as they are stored, which is what Pillow and torchvision show
             )
             if gpu:
-                images = fn.resize(images, size=[resolution, resolution], interp_type=types.INTERP_LINEAR, antialias=True)
-                images = fn.crop_mirror_normalize(images, mirror=mirror, mean=0.0, std=255.0, dtype=types.FLOAT, output_layout="CHW")
+                images = fn.resize(
+                    images,
+                    size=[resolution, resolution],
+                    interp_type=types.INTERP_LINEAR,
+                    antialias=True,
+                )
+                images = fn.crop_mirror_normalize(
+                    images,
+                    mirror=mirror,
+                    mean=0.0,
+                    std=255.0,
+                    dtype=types.FLOAT,
+                    output_layout="CHW",
+                )
             self.pipe.set_outputs(images, mirror)
         self.pipe.build()
 
@@ -90,14 +123,21 @@ class _Pipeline:
             return None
         if resizer is None:
             return torch.from_dlpack(images.as_tensor())
-        return resizer([torch.from_dlpack(image) for image in images], np.asarray(mirrored.as_tensor()))
+        return resizer(
+            [torch.from_dlpack(image) for image in images], np.asarray(mirrored.as_tensor())
+        )
 
 
 class DaliImages:
     """A split decoded by DALI on `threads` CPU threads, or on the GPU."""
 
     def __init__(self, split: ShardSplit, resolution: int, device: torch.device, threads: int):
-        self.split, self.resolution, self.device, self.threads = split, resolution, device, max(threads, 1)
+        self.split, self.resolution, self.device, self.threads = (
+            split,
+            resolution,
+            device,
+            max(threads, 1),
+        )
         self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
         self._idle: list[_Pipeline] = []
         self._resizer = None if device.type == "cuda" else _Resizer(resolution, self.threads)
@@ -117,7 +157,9 @@ class DaliImages:
             return
         pipeline, whole = self._pipeline(max(len(first[0]), 1)), spec.crop_scale is None
         under_way: deque[tuple[Plan, Any, bool]] = deque()
-        pipeline.feed = self._feed(itertools.chain([first], plans), pipeline.batch_size, whole, under_way)
+        pipeline.feed = self._feed(
+            itertools.chain([first], plans), pipeline.batch_size, whole, under_way
+        )
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         parts = []
         try:
@@ -142,16 +184,29 @@ class DaliImages:
             raise
         self._idle.append(pipeline)
 
-    def _feed(self, plans: Iterable[Plan], size: int, whole: bool, under_way: deque) -> Iterator[tuple]:
+    def _feed(
+        self, plans: Iterable[Plan], size: int, whole: bool, under_way: deque
+    ) -> Iterator[tuple]:
         """What DALI is given for each plan, in pieces of at most `size` images; noted in `under_way` with the last piece of a plan marked."""
         for indices, views in plans:
             for i in range(0, max(len(indices), 1), size):
                 piece, seen = indices[i : i + size], None if views is None else views[i : i + size]
                 if seen is None or whole:
-                    boxes, mirrored = augment.centre_boxes(self.sizes[piece]), np.zeros(len(piece), np.int32)
+                    boxes, mirrored = (
+                        augment.centre_boxes(self.sizes[piece]),
+                        np.zeros(len(piece), np.int32),
+                    )
                 else:
-                    boxes, mirrored = augment.pixel_boxes(seen.windows, self.sizes[piece]), seen.mirrored.astype(np.int32)
-                given = [self.split.view(int(k)) for k in piece], boxes[:, :2].copy(), boxes[:, 2:].copy(), mirrored
+                    boxes, mirrored = (
+                        augment.pixel_boxes(seen.windows, self.sizes[piece]),
+                        seen.mirrored.astype(np.int32),
+                    )
+                given = (
+                    [self.split.view(int(k)) for k in piece],
+                    boxes[:, :2].copy(),
+                    boxes[:, 2:].copy(),
+                    mirrored,
+                )
                 # DALI does not copy: the arrays must live until it is done with them.
                 under_way.append(((piece, seen), given, i + size >= len(indices)))
                 yield given
@@ -162,10 +217,28 @@ class DaliImages:
             for i in indices:
                 alone = _Pipeline(1, self.resolution, self.device, 1)
                 box = augment.centre_boxes(self.sizes[[i]])
-                alone.feed = iter([([self.split.view(int(i))], box[:, :2].copy(), box[:, 2:].copy(), np.zeros(1, np.int32))])
+                alone.feed = iter(
+                    [
+                        (
+                            [self.split.view(int(i))],
+                            box[:, :2].copy(),
+                            box[:, 2:].copy(),
+                            np.zeros(1, np.int32),
+                        )
+                    ]
+                )
                 try:
                     alone.run(None, self._resizer)
                 except RuntimeError as reason:
-                    detail = next((line.strip() for line in str(reason).splitlines() if "rror" not in line and line.strip()), "it does not decode")
+                    detail = next(
+                        (
+                            line.strip()
+                            for line in str(reason).splitlines()
+                            if "rror" not in line and line.strip()
+                        ),
+                        "it does not decode",
+                    )
                     return self.split.undecodable(int(i), ValueError(f"DALI: {detail}"))
-        return UserError(f"DALI failed: {str(error).splitlines()[0]}; --set data.loader=torch does without it")
+        return UserError(
+            f"DALI failed: {str(error).splitlines()[0]}; --set data.loader=torch does without it"
+        )

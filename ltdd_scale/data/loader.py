@@ -35,7 +35,12 @@ class MemoryImages:
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1]."""
         for indices, views in plans:
-            images = self.pixels[torch.from_numpy(np.asarray(indices, np.int64)).to(self.pixels.device)].float() / 255
+            images = (
+                self.pixels[
+                    torch.from_numpy(np.asarray(indices, np.int64)).to(self.pixels.device)
+                ].float()
+                / 255
+            )
             yield images if views is None else augment.apply(images, views, spec)
 
 
@@ -46,12 +51,18 @@ def fits_memory(split: ShardSplit, config: Config) -> bool:
 def backend(split: ShardSplit, config: Config) -> str:
     """What decodes the images of `split`: "dali" or "torch"."""
     if config.data.loader == "dali" and not dali.is_installed():
-        raise UserError("data.loader=dali, but nvidia-dali is not installed: pip install nvidia-dali-cuda130 (it needs no GPU), or --set data.loader=torch")
-    wanted = config.data.loader == "dali" or (config.data.loader == "auto" and not fits_memory(split, config))
+        raise UserError(
+            "data.loader=dali, but nvidia-dali is not installed: pip install nvidia-dali-cuda130 (it needs no GPU), or --set data.loader=torch"
+        )
+    wanted = config.data.loader == "dali" or (
+        config.data.loader == "auto" and not fits_memory(split, config)
+    )
     return "dali" if wanted and dali.is_installed() else "torch"
 
 
-def stream_images(split: ShardSplit, config: Config, device: torch.device) -> streamed.StreamedImages | dali.DaliImages:
+def stream_images(
+    split: ShardSplit, config: Config, device: torch.device
+) -> streamed.StreamedImages | dali.DaliImages:
     """Images decoded as they are needed."""
     size, workers = config.data.resolution, config.runtime.workers
     if backend(split, config) == "dali":
@@ -73,7 +84,9 @@ def decode(split: ShardSplit, resolution: int, workers: int) -> np.ndarray:
 def open_images(split: ShardSplit, config: Config, device: torch.device):
     """The loader that fits the set."""
     if fits_memory(split, config):
-        return MemoryImages(decode(split, config.data.resolution, config.runtime.workers), split.labels, device)
+        return MemoryImages(
+            decode(split, config.data.resolution, config.runtime.workers), split.labels, device
+        )
     return stream_images(split, config, device)
 
 

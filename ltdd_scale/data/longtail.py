@@ -21,7 +21,13 @@ def exponential(num_classes: int, largest: int, imbalance_factor: float) -> list
     return [int(largest * imbalance_factor ** (-c / (num_classes - 1))) for c in range(num_classes)]
 
 
-def counts_for(profile: str, available: Sequence[int], imbalance_factor: float = 1, largest: int = 0, explicit: Sequence[int] = ()) -> list[int]:
+def counts_for(
+    profile: str,
+    available: Sequence[int],
+    imbalance_factor: float = 1,
+    largest: int = 0,
+    explicit: Sequence[int] = (),
+) -> list[int]:
     """Images wanted of each class, never more than `available`.
 
     Raises `UserError` where explicit counts do not fit the set, or where a class would be left without images.
@@ -30,17 +36,25 @@ def counts_for(profile: str, available: Sequence[int], imbalance_factor: float =
         counts = list(available)
     elif profile == "counts":
         if len(explicit) != len(available):
-            raise UserError(f"data.counts has {len(explicit)} numbers, but the set has {len(available)} classes")
-        short = [c for c, (want, have) in enumerate(zip(explicit, available, strict=True)) if want > have]
+            raise UserError(
+                f"data.counts has {len(explicit)} numbers, but the set has {len(available)} classes"
+            )
+        short = [
+            c for c, (want, have) in enumerate(zip(explicit, available, strict=True)) if want > have
+        ]
         if short:
-            raise UserError(f"data.counts asks for {explicit[short[0]]} images of class {short[0]}, which has {available[short[0]]}")
+            raise UserError(
+                f"data.counts asks for {explicit[short[0]]} images of class {short[0]}, which has {available[short[0]]}"
+            )
         counts = list(explicit)
     else:
         wanted = exponential(len(available), largest or max(available), imbalance_factor)
         counts = [min(want, have) for want, have in zip(wanted, available, strict=True)]
     empty = [c for c, n in enumerate(counts) if n < 1]
     if empty:
-        raise UserError(f"class {empty[0]} would have no training images ({len(empty)} such classes): lower data.imbalance_factor or add images")
+        raise UserError(
+            f"class {empty[0]} would have no training images ({len(empty)} such classes): lower data.imbalance_factor or add images"
+        )
     return counts
 
 

@@ -12,7 +12,9 @@ def uniform(num_images: int, seed: int, epoch: int) -> np.ndarray:
     return rng(seed, "uniform order", epoch).permutation(num_images)
 
 
-def resampled(labels: np.ndarray, counts: np.ndarray, power: float, num_draws: int, seed: int, epoch: int) -> np.ndarray:
+def resampled(
+    labels: np.ndarray, counts: np.ndarray, power: float, num_draws: int, seed: int, epoch: int
+) -> np.ndarray:
     """`num_draws` images with replacement, image i with weight n_{y_i}^(−power). power 0 is uniform, 1 class-balanced."""
     weight = counts[labels].astype(np.float64) ** -power
     edges = np.cumsum(weight)

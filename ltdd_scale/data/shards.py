@@ -41,11 +41,21 @@ def square(image: Image.Image, side: int) -> Image.Image:
     if image.size == (side, side):
         return image
     short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2  # whole pixels, as every decoder cuts
-    return image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short), reducing_gap=3.0)
+    left, top = (
+        (image.width - short) // 2,
+        (image.height - short) // 2,
+    )  # whole pixels, as every decoder cuts
+    return image.resize(
+        (side, side),
+        Image.Resampling.BILINEAR,
+        box=(left, top, left + short, top + short),
+        reducing_gap=3.0,
+    )
 
 
-def _admit(content: bytes, store_resolution: int, quality: int) -> tuple[bytes, str, tuple[int, int], Image.Image]:
+def _admit(
+    content: bytes, store_resolution: int, quality: int
+) -> tuple[bytes, str, tuple[int, int], Image.Image]:
     """Bytes to store, their extension, the stored image's width and height, and the decoded RGB image. Raises with the reason where it does not decode.
 
     Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are then shown at half their size, which takes half the time.
@@ -89,7 +99,9 @@ class _Hashing:
         return self.file.write(content)
 
 
-def _write_shard(path: str, first: int, last: int, store_resolution: int, quality: int) -> dict[str, Any]:
+def _write_shard(
+    path: str, first: int, last: int, store_resolution: int, quality: int
+) -> dict[str, Any]:
     """Write images first … last−1 of the split as one tar with its index; return the rows that describe them."""
     assert _SPLIT is not None
     rows, bad, index = [], [], []
@@ -102,7 +114,14 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
             try:
                 content, ext, size, rgb = _admit(_SPLIT.read(i), store_resolution, quality)
             except Exception as error:
-                bad.append({"index": i, "name": name, "label": label, "reason": f"{type(error).__name__}: {error}"})
+                bad.append(
+                    {
+                        "index": i,
+                        "name": name,
+                        "label": label,
+                        "reason": f"{type(error).__name__}: {error}",
+                    }
+                )
                 continue
             members = {"cls": b"%05d" % label, ext: content}
             index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
@@ -111,9 +130,17 @@ def _write_shard(path: str, first: int, last: int, store_resolution: int, qualit
             # Integer sums: the mean and deviation do not depend on how the work was shared out.
             step = max(min(rgb.size) // SAMPLED, 1)
             if step > 1:
-                rgb = rgb.resize((rgb.width // step, rgb.height // step), Image.Resampling.NEAREST, box=(0, 0, rgb.width // step * step, rgb.height // step * step))
+                rgb = rgb.resize(
+                    (rgb.width // step, rgb.height // step),
+                    Image.Resampling.NEAREST,
+                    box=(0, 0, rgb.width // step * step, rgb.height // step * step),
+                )
             counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
-            sums, squares, pixels = sums + counts @ VALUES, squares + counts @ VALUES**2, pixels + rgb.width * rgb.height
+            sums, squares, pixels = (
+                sums + counts @ VALUES,
+                squares + counts @ VALUES**2,
+                pixels + rgb.width * rgb.height,
+            )
         writer.close()
     files.write_text(Path(path).with_suffix(".idx"), "\n".join([f"v1.2 {len(index)}", *index, ""]))
     part = {
@@ -149,7 +176,16 @@ def _reuse(path: Path, made: list[int]) -> dict[str, Any] | None:
     return saved if saved["made"] == made and files.sha256(path) == saved["sha256"] else None
 
 
-def _write_split(folder: Path, name: str, split: Split, shard_images: int, store_resolution: int, quality: int, workers: int, quiet: bool) -> tuple[dict, list[dict]]:
+def _write_split(
+    folder: Path,
+    name: str,
+    split: Split,
+    shard_images: int,
+    store_resolution: int,
+    quality: int,
+    workers: int,
+    quiet: bool,
+) -> tuple[dict, list[dict]]:
     global _SPLIT
     _SPLIT = split
     starts = range(0, len(split.names), shard_images)
@@ -166,13 +202,26 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
             todo.append((k, first, last))
     done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
     if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("fork"), initializer=signals.helper) as pool:
-            jobs = [(k, last - first, pool.submit(_write_shard, str(paths[k]), first, last, store_resolution, quality)) for k, first, last in todo]
+        with ProcessPoolExecutor(
+            min(workers, len(todo)), mp_context=get_context("fork"), initializer=signals.helper
+        ) as pool:
+            jobs = [
+                (
+                    k,
+                    last - first,
+                    pool.submit(
+                        _write_shard, str(paths[k]), first, last, store_resolution, quality
+                    ),
+                )
+                for k, first, last in todo
+            ]
             try:
                 for k, n, job in jobs:
                     parts[k] = job.result()
                     progress.update(done := done + n)
-            except BaseException:  # asked to stop, or a full disk: the shards under way are ended, no others begun
+            except (
+                BaseException
+            ):  # asked to stop, or a full disk: the shards under way are ended, no others begun
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     else:
@@ -184,7 +233,9 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
     buffer = io.BytesIO()
     np.save(buffer, rows[:, 1:].astype(np.int32))
     files.write_bytes(folder / f"{name}-meta.npy", buffer.getvalue())
-    files.write_text(folder / f"{name}-names.txt", "".join(f"{split.names[i]}\n" for i in rows[:, 0]))
+    files.write_text(
+        folder / f"{name}-names.txt", "".join(f"{split.names[i]}\n" for i in rows[:, 0])
+    )
     pixels = max(sum(p["pixels"] for p in ordered), 1)
     mean = np.sum([p["sums"] for p in ordered], 0) / pixels
     std = np.sqrt(np.maximum(np.sum([p["squares"] for p in ordered], 0) / pixels - mean**2, 1.0))
@@ -195,26 +246,67 @@ def _write_split(folder: Path, name: str, split: Split, shard_images: int, store
         "meta": files.sha256(folder / f"{name}-meta.npy"),
         "names": files.sha256(folder / f"{name}-names.txt"),
         "shards": [
-            {"file": path.name, "num_images": len(p["rows"]), "bytes": p["bytes"], "sha256": p["sha256"], "idx": files.sha256(path.with_suffix(".idx"))}
+            {
+                "file": path.name,
+                "num_images": len(p["rows"]),
+                "bytes": p["bytes"],
+                "sha256": p["sha256"],
+                "idx": files.sha256(path.with_suffix(".idx")),
+            }
             for path, p in zip(paths, ordered, strict=True)
         ],
     }
     return info, [{"split": name, **b} for p in ordered for b in p["bad"]]
 
 
-def write(folder: Path, name: str, source: Source, shard_images: int, store_resolution: int, workers: int | None = None, quiet: bool = False, quality: int = 0) -> dict:
+def write(
+    folder: Path,
+    name: str,
+    source: Source,
+    shard_images: int,
+    store_resolution: int,
+    workers: int | None = None,
+    quiet: bool = False,
+    quality: int = 0,
+) -> dict:
     """Write all splits of `source` into `folder`; return the manifest.
 
     A run after a kill keeps the finished shards. Images that do not decode go to ``quarantine.json`` with the reason.
     Raises `UserError` where quarantine leaves a class without images.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)) + 1, 16)  # one decodes while another waits for the disk
-    splits = {k: s for k, s in (("train", source.train), ("val", source.val), ("test", source.test)) if s is not None}
-    stored = {"side": store_resolution, "jpeg_quality": quality} if store_resolution else "original bytes"
-    manifest: dict[str, Any] = {"format": 1, "name": name, "stored": stored, "classes": source.classes, "notes": source.notes, "splits": {}}
+    workers = workers or min(
+        len(os.sched_getaffinity(0)) + 1, 16
+    )  # one decodes while another waits for the disk
+    splits = {
+        k: s
+        for k, s in (("train", source.train), ("val", source.val), ("test", source.test))
+        if s is not None
+    }
+    stored = (
+        {"side": store_resolution, "jpeg_quality": quality}
+        if store_resolution
+        else "original bytes"
+    )
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "name": name,
+        "stored": stored,
+        "classes": source.classes,
+        "notes": source.notes,
+        "splits": {},
+    }
     quarantine: list[dict] = []
     for split_name, split in splits.items():
-        info, bad = _write_split(folder, f"{name}-{split_name}", split, shard_images, store_resolution, quality, workers, quiet)
+        info, bad = _write_split(
+            folder,
+            f"{name}-{split_name}",
+            split,
+            shard_images,
+            store_resolution,
+            quality,
+            workers,
+            quiet,
+        )
         quarantine += bad
         labels = np.load(folder / f"{name}-{split_name}-meta.npy")[:, 0]
         info["counts"] = np.bincount(labels, minlength=len(source.classes)).tolist()
@@ -222,7 +314,9 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
         if 0 in info["counts"] and split_name != "val":
             c = info["counts"].index(0)
             reason = next((b["reason"] for b in bad if b["label"] == c), "none listed")
-            raise UserError(f"{split_name}: class {c} ({source.classes[c]}) has no image that decodes (first reason: {reason}); see the images of {name}")
+            raise UserError(
+                f"{split_name}: class {c} ({source.classes[c]}) has no image that decodes (first reason: {reason}); see the images of {name}"
+            )
         manifest["splits"][split_name] = info
     files.write_json(folder / "quarantine.json", quarantine)
     manifest["quarantined"] = len(quarantine)
@@ -237,11 +331,18 @@ def write(folder: Path, name: str, source: Source, shard_images: int, store_reso
 def adopt(shards: Path, folder: Path, quiet: bool = False) -> dict:
     """Take a shard set that lies elsewhere into `folder`: verified, then linked (copied where the file system has no links). Returns its manifest."""
     if not (shards / "manifest.json").exists():
-        raise UserError(f"data.path: no shard set in {shards} (no manifest.json); tools/shard_imagenet_lt.py or 'ltdd-scale shard' make one")
+        raise UserError(
+            f"data.path: no shard set in {shards} (no manifest.json); tools/shard_imagenet_lt.py or 'ltdd-scale shard' make one"
+        )
     wrong = verify(shards, quiet)
     if wrong:
         raise UserError(wrong[0])
-    for path in sorted(p for p in shards.iterdir() if p.suffix in (".tar", ".idx", ".npy", ".txt", ".json") and p.name not in ("stage.json", "manifest.json")):
+    for path in sorted(
+        p
+        for p in shards.iterdir()
+        if p.suffix in (".tar", ".idx", ".npy", ".txt", ".json")
+        and p.name not in ("stage.json", "manifest.json")
+    ):
         (folder / path.name).unlink(missing_ok=True)
         try:
             os.link(path, folder / path.name)
@@ -262,17 +363,29 @@ def verify(folder: str | Path, quiet: bool = True) -> list[str]:
     expected: list[tuple[Path, str]] = []
     for split, info in manifest["splits"].items():
         for shard in info["shards"]:
-            expected += [(folder / shard["file"], shard["sha256"]), ((folder / shard["file"]).with_suffix(".idx"), shard["idx"])]
-        expected += [(folder / f"{manifest['name']}-{split}-{table}", info[key]) for table, key in (("meta.npy", "meta"), ("names.txt", "names"))]
+            expected += [
+                (folder / shard["file"], shard["sha256"]),
+                ((folder / shard["file"]).with_suffix(".idx"), shard["idx"]),
+            ]
+        expected += [
+            (folder / f"{manifest['name']}-{split}-{table}", info[key])
+            for table, key in (("meta.npy", "meta"), ("names.txt", "names"))
+        ]
 
     def compare(item: tuple[Path, str]) -> str | None:
         path, digest = item
         if not path.exists():
             return f"{path}: missing"
-        return None if files.sha256(path) == digest else f"{path}: its hash does not match the manifest; delete the folder and shard again"
+        return (
+            None
+            if files.sha256(path) == digest
+            else f"{path}: its hash does not match the manifest; delete the folder and shard again"
+        )
 
     wrong, progress = [], Progress("verify", len(expected), "files", quiet)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(
+        len(os.sched_getaffinity(0))
+    ) as pool:  # hashing lets go of the interpreter's lock
         for done, line in enumerate(pool.map(compare, expected), 1):
             wrong += [line] if line else []
             progress.update(done)
@@ -290,30 +403,43 @@ class ShardSplit:
         self.folder, self.split = Path(folder), split
         self.manifest = files.read_json(self.folder / "manifest.json")
         if split not in self.manifest["splits"]:
-            raise UserError(f"{folder} has no '{split}' split: {', '.join(self.manifest['splits'])} only")
+            raise UserError(
+                f"{folder} has no '{split}' split: {', '.join(self.manifest['splits'])} only"
+            )
         info = self.manifest["splits"][split]
         stem = f"{self.manifest['name']}-{split}"
         meta = np.load(self.folder / f"{stem}-meta.npy").astype(np.int64)
         self.labels, self.sizes = meta[:, 0], meta[:, 1:]
         self.classes: list[str] = self.manifest["classes"]
         self.counts = np.bincount(self.labels, minlength=len(self.classes))
-        self.mean, self.std = self.manifest["splits"]["train"]["mean"], self.manifest["splits"]["train"]["std"]
+        self.mean, self.std = (
+            self.manifest["splits"]["train"]["mean"],
+            self.manifest["splits"]["train"]["std"],
+        )
         where = []
         for k, shard in enumerate(info["shards"]):
             path = self.folder / shard["file"]
             if not path.exists() or path.stat().st_size != shard["bytes"]:
-                state = "is missing" if not path.exists() else f"has {path.stat().st_size} bytes, not {shard['bytes']}"
+                state = (
+                    "is missing"
+                    if not path.exists()
+                    else f"has {path.stat().st_size} bytes, not {shard['bytes']}"
+                )
                 raise UserError(f"shard {path} {state}; delete {self.folder} and run 'shard' again")
             lines = path.with_suffix(".idx").read_text().splitlines()
             if lines[0] != f"v1.2 {shard['num_images']}" or len(lines) != shard["num_images"] + 1:
-                raise UserError(f"the index {path.with_suffix('.idx')} does not match its shard; delete {self.folder} and run 'shard' again")
+                raise UserError(
+                    f"the index {path.with_suffix('.idx')} does not match its shard; delete {self.folder} and run 'shard' again"
+                )
             for line in lines[1:]:
                 fields = line.split(" ")
                 image = 4 if fields[0] == "cls" else 0
                 where.append((k, int(fields[image + 1]), int(fields[image + 2])))
         self._where = np.asarray(where, np.int64).reshape(-1, 3)
         if len(self._where) != len(self.labels):
-            raise UserError(f"{self.folder}: {len(self._where)} images in the shards of '{split}', {len(self.labels)} in its table; shard again")
+            raise UserError(
+                f"{self.folder}: {len(self._where)} images in the shards of '{split}', {len(self.labels)} in its table; shard again"
+            )
         self._paths = [self.folder / shard["file"] for shard in info["shards"]]
         self._maps: dict[int, mmap.mmap] = {}
 
@@ -323,7 +449,11 @@ class ShardSplit:
     @property
     def names(self) -> list[str]:
         """Where each image came from."""
-        return (self.folder / f"{self.manifest['name']}-{self.split}-names.txt").read_text().splitlines()
+        return (
+            (self.folder / f"{self.manifest['name']}-{self.split}-names.txt")
+            .read_text()
+            .splitlines()
+        )
 
     def view(self, i: int) -> np.ndarray:
         """The encoded bytes of image `i`, uint8 [n], not copied: pages are read when they are looked at."""
@@ -348,7 +478,9 @@ class ShardSplit:
         k, offset, _ = self._where[i]
         with tarfile.open(self._paths[k]) as tar:
             key = next((m.name for m in tar if m.offset_data == offset), "?")
-        return UserError(f"{self._paths[k]}, offset {offset}, {key} ({self.names[i]}): {error}; run 'ltdd-scale verify {self.folder}'")
+        return UserError(
+            f"{self._paths[k]}, offset {offset}, {key} ({self.names[i]}): {error}; run 'ltdd-scale verify {self.folder}'"
+        )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}

@@ -17,7 +17,9 @@ from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import signals
 
-Plan = tuple[np.ndarray, Views | None]  # image indices and their views; no views: the whole image, centred
+Plan = tuple[
+    np.ndarray, Views | None
+]  # image indices and their views; no views: the whole image, centred
 
 
 def plan_list(plans: Iterable[Plan]) -> Sequence[Plan]:
@@ -38,9 +40,17 @@ class _Decoding(Dataset):
         indices, views = self.plans[k]
         r = self.resolution
         out = np.empty((len(indices), 3, r, r), np.uint8)
-        boxes = None if views is None or self.whole else augment.pixel_boxes(views.windows, self.split.sizes[indices])
+        boxes = (
+            None
+            if views is None or self.whole
+            else augment.pixel_boxes(views.windows, self.split.sizes[indices])
+        )
         for j, i in enumerate(indices):
-            image = square(self.split.image(int(i)), r) if boxes is None else _crop(self.split, int(i), boxes[j], r)
+            image = (
+                square(self.split.image(int(i)), r)
+                if boxes is None
+                else _crop(self.split, int(i), boxes[j], r)
+            )
             out[j] = np.asarray(image).transpose(2, 0, 1)
         return torch.from_numpy(out), views
 
@@ -56,7 +66,11 @@ def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
     except Exception as error:
         raise split.undecodable(i, error) from error
     x, y = image.width / full[0], image.height / full[1]
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+    return image.resize(
+        (size, size),
+        Image.Resampling.BILINEAR,
+        box=(left * x, top * y, (left + w) * x, (top + h) * y),
+    )
 
 
 def _quiet_worker(_: int) -> None:
@@ -72,12 +86,21 @@ def _said_plainly(loader: DataLoader) -> Iterator[tuple[torch.Tensor, Views | No
         raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from error
 
 
-def decoded(split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bool, workers: int, pin: bool = False) -> Iterator[tuple[torch.Tensor, Views | None]]:
+def decoded(
+    split: ShardSplit,
+    plans: Sequence[Plan],
+    resolution: int,
+    whole: bool,
+    workers: int,
+    pin: bool = False,
+) -> Iterator[tuple[torch.Tensor, Views | None]]:
     """The batches of `plans`, uint8, in their order."""
     loader = DataLoader(
         _Decoding(split, plans, resolution, whole),
         batch_size=None,
-        num_workers=max(0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)),  # one batch is not worth a process
+        num_workers=max(
+            0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)
+        ),  # one batch is not worth a process
         worker_init_fn=_quiet_worker,
         pin_memory=pin,
         generator=torch.Generator(),  # its own: the loader must not draw from the global one
@@ -94,6 +117,13 @@ class StreamedImages:
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
-        for images, views in decoded(self.split, plan_list(plans), self.resolution, spec.crop_scale is None, self.workers, self.device.type == "cuda"):
+        for images, views in decoded(
+            self.split,
+            plan_list(plans),
+            self.resolution,
+            spec.crop_scale is None,
+            self.workers,
+            self.device.type == "cuda",
+        ):
             images = images.to(self.device, non_blocking=True).float() / 255
             yield images if views is None else augment.apply(images, spec.after_crop(views), spec)

@@ -27,10 +27,14 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None =
     return (losses if weights is None else losses * weights).sum(1).mean()
 
 
-def debias(plain: Tensor, rebalanced: Tensor, targets: Tensor, weights: Tensor, progress: float) -> Tensor:
+def debias(
+    plain: Tensor, rebalanced: Tensor, targets: Tensor, weights: Tensor, progress: float
+) -> Tensor:
     """L_debias = a · Σ_k w_k (−y_k log p^cb_k) + (1 − a) · Σ_k (−y_k log p_k) with a = (t/T)².
 
     `plain` are the logits of `fc`, `rebalanced` of `fc_cb`, `targets` the mixed labels, all [n, C]; `progress` is t/T.
     """
     a = progress**2
-    return a * soft_cross_entropy(rebalanced, targets, weights) + (1 - a) * soft_cross_entropy(plain, targets)
+    return a * soft_cross_entropy(rebalanced, targets, weights) + (1 - a) * soft_cross_entropy(
+        plain, targets
+    )

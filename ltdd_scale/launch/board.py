@@ -31,7 +31,10 @@ def log_files(campaign: Campaign, job: Job, kind: str = "err") -> list[Path]:
     number = campaign.ids.get(job.name)
     if number is None:
         return []
-    found = [*campaign.folder.glob(f"logs/{number}_*_log.{kind}"), *campaign.folder.glob(f"logs/{number}_log.{kind}")]
+    found = [
+        *campaign.folder.glob(f"logs/{number}_*_log.{kind}"),
+        *campaign.folder.glob(f"logs/{number}_log.{kind}"),
+    ]
     return sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
 
 
@@ -60,13 +63,25 @@ def _state(campaign: Campaign, job: Job, known: dict[str, slurm.State]) -> tuple
     """(state, restarts, note)."""
     number = campaign.ids.get(job.name)
     mine = [s for i, s in known.items() if number is not None and i.split("_")[0] == number]
-    kept = [len(p.read_text().splitlines()) for p in campaign.folder.glob(f"ends/{number}*") if p.suffix != ".final"] if number else []
+    kept = (
+        [
+            len(p.read_text().splitlines())
+            for p in campaign.folder.glob(f"ends/{number}*")
+            if p.suffix != ".final"
+        ]
+        if number
+        else []
+    )
     restarts = sum(s.restarts for s in mine)
     if campaign.done(job):
         return "done", restarts, ""
     if job.name in campaign.failed:
         code = campaign.failed[job.name]
-        return ("failed", 0, f"exit code {code}") if code else ("stopped", 0, "what it needs has failed")
+        return (
+            ("failed", 0, f"exit code {code}")
+            if code
+            else ("stopped", 0, "what it needs has failed")
+        )
     if number is None:
         return "to do", 0, ""
     counts = Counter(s.state for s in mine)
@@ -80,7 +95,9 @@ def _state(campaign: Campaign, job: Job, known: dict[str, slurm.State]) -> tuple
         return "waiting" if not restarts else "queued again", restarts, ", ".join(reasons)
     error = last_error(campaign, job)
     if counts.get("CANCELLED") and not error:
-        broken = [n for n in job.needs if n in {j.name for j in campaign.jobs if not campaign.done(j)}]
+        broken = [
+            n for n in job.needs if n in {j.name for j in campaign.jobs if not campaign.done(j)}
+        ]
         return "stopped", restarts, f"needs {broken[0]}" if broken else "cancelled"
     if counts.get("COMPLETED") == len(mine) and mine and job.stage in ("recover", "summary"):
         return "done", restarts, ""
@@ -116,7 +133,9 @@ def table(campaign: Campaign) -> tuple[str, Counter, str]:
             progress = shown[0] if shown else ""
             if len(shown) > 1:
                 progress += f" and {len(shown) - 1} more"
-        rows.append([job.name, campaign.ids.get(job.name, ""), state, progress, str(restarts or ""), note])
+        rows.append(
+            [job.name, campaign.ids.get(job.name, ""), state, progress, str(restarts or ""), note]
+        )
     text = markdown(rows)
     text += f"\n{silent}: what is not done may be running" if silent else ""
     text += "".join(f"\npoint {name} is refused: {why}" for name, why in campaign.refused.items())
@@ -133,7 +152,9 @@ class _End:
         self.since = time.monotonic()
 
     def reached(self, counts: Counter, silent: str) -> bool:
-        if (silent and shutil.which("squeue")) or any(counts[s] for s in ("running", "waiting", "queued again")):
+        if (silent and shutil.which("squeue")) or any(
+            counts[s] for s in ("running", "waiting", "queued again")
+        ):
             self.since = time.monotonic()
             return False
         return not counts["finished"] or time.monotonic() - self.since > _SEEN
@@ -166,7 +187,9 @@ def wait(folder: Path, seconds: float, say) -> int:
             now = {j.name: _state(campaign, j, known) for j in campaign.jobs}
             for name, (state, _, note) in now.items():
                 if before.get(name) != state:
-                    say(f"  {time.strftime('%H:%M:%S')}  {name}: {state}{f' ({note})' if note else ''}")
+                    say(
+                        f"  {time.strftime('%H:%M:%S')}  {name}: {state}{f' ({note})' if note else ''}"
+                    )
             before = {name: s[0] for name, s in now.items()}
         counts = Counter(before.values())
         if end.reached(counts, silent):
@@ -180,7 +203,9 @@ def cancel(folder: Path) -> int:
     ids = [i for i in campaign.ids.values() if i in live]
     if ids:
         slurm.cancel(ids)
-    print(f"{len(ids)} jobs cancelled; what they have made stays, and the same command picks up from there")
+    print(
+        f"{len(ids)} jobs cancelled; what they have made stays, and the same command picks up from there"
+    )
     return 0
 
 
@@ -191,13 +216,19 @@ def logs(folder: Path, wanted: str, lines: int) -> int:
     chosen = (
         [j for j in campaign.jobs if wanted in (j.name, j.point, j.stage)]
         if wanted
-        else [j for j in campaign.jobs if _state(campaign, j, known)[0] in ("failed", "gone", "finished")]
+        else [
+            j
+            for j in campaign.jobs
+            if _state(campaign, j, known)[0] in ("failed", "gone", "finished")
+        ]
     )
     if wanted in campaign.refused:
         print(f"{wanted} was not submitted: {campaign.refused[wanted]}")
         return 0
     if wanted and not chosen:
-        raise UserError(f"no job or point is called {wanted}: 'ltdd-scale status {folder}' lists them")
+        raise UserError(
+            f"no job or point is called {wanted}: 'ltdd-scale status {folder}' lists them"
+        )
     for job in chosen:
         for note in sorted(campaign.folder.glob(f"ends/{campaign.ids.get(job.name, 'none')}*")):
             if note.suffix != ".final":

@@ -34,7 +34,9 @@ class Campaign:
     ids: dict[str, str] = field(default_factory=dict)  # job -> SLURM id of its last submission
     refused: dict[str, str] = field(default_factory=dict)  # point -> why its config is none
     failed: dict[str, int] = field(default_factory=dict)  # job -> exit code, where jobs run here
-    replaced: list[str] = field(default_factory=list)  # ids of jobs that an earlier submission made and this one does not want
+    replaced: list[str] = field(
+        default_factory=list
+    )  # ids of jobs that an earlier submission made and this one does not want
 
     @property
     def configs(self) -> dict[str, Config]:
@@ -44,8 +46,13 @@ class Campaign:
         """Whether the disk has what the job makes: the summary, a table that is not older than any point's results."""
         if not _is_summary(job):
             return is_done(job, self.store, self.configs)
-        table, results = self.folder.parent / "sweep.md", [p.out / "results.json" for p in self.points]
-        return table.exists() and all(r.stat().st_mtime <= table.stat().st_mtime for r in results if r.exists())
+        table, results = (
+            self.folder.parent / "sweep.md",
+            [p.out / "results.json" for p in self.points],
+        )
+        return table.exists() and all(
+            r.stat().st_mtime <= table.stat().st_mtime for r in results if r.exists()
+        )
 
     def save(self) -> None:
         record = {
@@ -62,11 +69,20 @@ class Campaign:
 
 
 def make(
-    name: str, folder: Path, store: Path, configs: dict[str, tuple[Config, Path]], profile: Profile, refused: dict[str, str] | None = None, last: Job | None = None
+    name: str,
+    folder: Path,
+    store: Path,
+    configs: dict[str, tuple[Config, Path]],
+    profile: Profile,
+    refused: dict[str, str] | None = None,
+    last: Job | None = None,
 ) -> Campaign:
     """Plan the jobs of `configs` (point → config, run folder); what an earlier submission recorded is kept. Writes nothing."""
     # Named by content: a job in the queue reads its config when it starts, or starts again, and must find what it was submitted with.
-    points = [Point(p, c, folder / "configs" / f"{p or name}-{_digest(c)}.yaml", out) for p, (c, out) in configs.items()]
+    points = [
+        Point(p, c, folder / "configs" / f"{p or name}-{_digest(c)}.yaml", out)
+        for p, (c, out) in configs.items()
+    ]
     out = Campaign(name, folder, store, points, plan(points, store, profile), refused=refused or {})
     if last:
         last.needs = [j.name for j in out.jobs if j.report]
@@ -75,11 +91,19 @@ def make(
         before = files.read_json(folder / "jobs.json")
         same = {j["name"]: (j["nodes"], len(j["commands"])) for j in before["jobs"]}
         # An id counts for the job that it was given to: one with the same name that makes other things, or in other parts, is another job.
-        out.ids = {j.name: before["ids"][j.name] for j in out.jobs if j.name in before["ids"] and same.get(j.name) == (j.nodes, len(j.commands))}
-        for job in out.jobs:  # and what waits in the queue for a job that is replaced would never run
+        out.ids = {
+            j.name: before["ids"][j.name]
+            for j in out.jobs
+            if j.name in before["ids"] and same.get(j.name) == (j.nodes, len(j.commands))
+        }
+        for (
+            job
+        ) in out.jobs:  # and what waits in the queue for a job that is replaced would never run
             if any(n in before["ids"] and n not in out.ids for n in job.needs):
                 out.ids.pop(job.name, None)
-        out.replaced = sorted({*before.get("replaced", []), *before["ids"].values()} - {*out.ids.values()})
+        out.replaced = sorted(
+            {*before.get("replaced", []), *before["ids"].values()} - {*out.ids.values()}
+        )
     return out
 
 
@@ -91,11 +115,26 @@ def load(folder: Path) -> Campaign:
     """What ``jobs.json`` records. `folder` is that of a run or a sweep."""
     record = folder / "jobs" / "jobs.json"
     if not record.exists():
-        raise UserError(f"{folder}: no jobs were made there (no {record}): start them with 'ltdd-scale run … --cluster slurm' or 'ltdd-scale sweep …'")
+        raise UserError(
+            f"{folder}: no jobs were made there (no {record}): start them with 'ltdd-scale run … --cluster slurm' or 'ltdd-scale sweep …'"
+        )
     saved = files.read_json(record)
-    points = [Point(n, configuration.load(Path(p["config"])), Path(p["config"]), Path(p["out"])) for n, p in saved["points"].items()]
+    points = [
+        Point(n, configuration.load(Path(p["config"])), Path(p["config"]), Path(p["out"]))
+        for n, p in saved["points"].items()
+    ]
     jobs = [Job(**j) for j in saved["jobs"]]
-    return Campaign(saved["name"], folder / "jobs", Path(saved["store"]), points, jobs, saved["ids"], saved["refused"], saved["failed"], saved.get("replaced", []))
+    return Campaign(
+        saved["name"],
+        folder / "jobs",
+        Path(saved["store"]),
+        points,
+        jobs,
+        saved["ids"],
+        saved["refused"],
+        saved["failed"],
+        saved.get("replaced", []),
+    )
 
 
 def _code(campaign: Campaign) -> Path:
@@ -114,22 +153,34 @@ def prepare(campaign: Campaign) -> Path:
     if not code.exists():
         whole = code.with_suffix(".tmp")
         shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(Path(ltdd_scale.__file__).parent, whole / "ltdd_scale", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(ltdd_scale.__file__).parent,
+            whole / "ltdd_scale",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         whole.rename(code)
     return code
 
 
 def missing(campaign: Campaign, alive: set[str]) -> list[Job]:
     """Jobs whose work is not on the disk and that no submitted job is about to do."""
-    left = [j for j in campaign.jobs if not _is_summary(j) and not campaign.done(j) and campaign.ids.get(j.name) not in alive]
-    return left and left + [j for j in campaign.jobs if _is_summary(j)]  # a sweep's table is written after whatever is done again
+    left = [
+        j
+        for j in campaign.jobs
+        if not _is_summary(j) and not campaign.done(j) and campaign.ids.get(j.name) not in alive
+    ]
+    return left and left + [
+        j for j in campaign.jobs if _is_summary(j)
+    ]  # a sweep's table is written after whatever is done again
 
 
 def _is_summary(job: Job) -> bool:
     return job.stage == "summary"
 
 
-def _order(campaign: Campaign, job: Job, number: int, max_jobs: int, waits: list[str]) -> tuple[str, str]:
+def _order(
+    campaign: Campaign, job: Job, number: int, max_jobs: int, waits: list[str]
+) -> tuple[str, str]:
     """The lane and the dependency of the `number`-th job to be submitted, which waits for the ids `waits`."""
     lane = f"{campaign.name}-{number % max_jobs}" if max_jobs else ""
     return lane, slurm.dependency_of(waits, lane, "afterany" if _is_summary(job) else "afterok")
@@ -152,7 +203,13 @@ def submit(campaign: Campaign, profile: Profile, max_jobs: int, say) -> int:
         return 0
     code = prepare(campaign)
     for number, job in enumerate(todo):
-        lane, dependency = _order(campaign, job, number, max_jobs, [campaign.ids[n] for n in job.needs if campaign.ids.get(n) in alive])
+        lane, dependency = _order(
+            campaign,
+            job,
+            number,
+            max_jobs,
+            [campaign.ids[n] for n in job.needs if campaign.ids.get(n) in alive],
+        )
         for note in (campaign.folder / "ends").glob(f"{campaign.ids.get(job.name, 'none')}*"):
             note.unlink()
         campaign.ids[job.name] = slurm.submit(job, profile, campaign.folder, code, dependency, lane)
@@ -177,7 +234,9 @@ def run_here(campaign: Campaign, nproc: int | None, quiet: bool) -> int:
             continue
         for command in job.commands:
             print(f"== {job.name}: ltdd-scale {' '.join(command)}", flush=True)
-            more = (["--nproc", str(nproc)] if nproc and not job.report and not _is_summary(job) else []) + ["--quiet"] * (quiet and not _is_summary(job))
+            more = (
+                ["--nproc", str(nproc)] if nproc and not job.report and not _is_summary(job) else []
+            ) + ["--quiet"] * (quiet and not _is_summary(job))
             process = subprocess.Popen([sys.executable, "-m", "ltdd_scale", *command, *more])
             passed_on = False
             while (code := process.poll()) is None:
@@ -201,6 +260,10 @@ def describe(campaign: Campaign, profile: Profile, max_jobs: int) -> dict[str, A
     names = {j.name for j in todo}
     out = {}
     for number, job in enumerate(todo):
-        lane, dependency = _order(campaign, job, number, max_jobs, [f"<{n}>" for n in job.needs if n in names])
-        out[job.name] = slurm.script(job, profile, campaign.folder, _code(campaign), dependency, lane)
+        lane, dependency = _order(
+            campaign, job, number, max_jobs, [f"<{n}>" for n in job.needs if n in names]
+        )
+        out[job.name] = slurm.script(
+            job, profile, campaign.folder, _code(campaign), dependency, lane
+        )
     return out

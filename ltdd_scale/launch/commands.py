@@ -17,7 +17,9 @@ POLL = 5.0  # seconds between two looks at the queue: 12 calls a minute
 
 def _profile(args) -> profile.Profile:
     if args.cluster == "slurm" and args.profile is None:
-        raise UserError("--cluster slurm needs --profile: slurm/testbed.yaml, or a copy of slurm/preemptible.yaml or slurm/dedicated.yaml with your cluster's names")
+        raise UserError(
+            "--cluster slurm needs --profile: slurm/testbed.yaml, or a copy of slurm/preemptible.yaml or slurm/dedicated.yaml with your cluster's names"
+        )
     return profile.load(args.profile) if args.profile else profile.Profile()
 
 
@@ -29,7 +31,9 @@ def _dry_run(made: campaign.Campaign, wants: profile.Profile, max_jobs: int) -> 
     from ltdd_scale.launch import estimate
 
     scripts, jobs = campaign.describe(made, wants, max_jobs), {j.name: j for j in made.jobs}
-    print(f"{made.name}: {len(scripts)} of {len(made.jobs)} jobs are left (ltdd_scale {__version__})\n")
+    print(
+        f"{made.name}: {len(scripts)} of {len(made.jobs)} jobs are left (ltdd_scale {__version__})\n"
+    )
     spent, costs = 0.0, {p.name: estimate.flops(p.config, made.store) for p in made.points}
     for name in scripts:
         job = jobs[name]
@@ -45,10 +49,14 @@ def _dry_run(made: campaign.Campaign, wants: profile.Profile, max_jobs: int) -> 
     for name, text in scripts.items():
         print(f"\n# ---- {name}\n{text.rstrip()}")
     if spent:
-        print(f"\nestimated: {_hours(spent * 3600)} in all, at an assumed {wants.tflops:g} TFLOP/s a GPU (tflops in the profile), decoding and waiting not counted")
+        print(
+            f"\nestimated: {_hours(spent * 3600)} in all, at an assumed {wants.tflops:g} TFLOP/s a GPU (tflops in the profile), decoding and waiting not counted"
+        )
     unknown = sorted(p or made.name for p, c in costs.items() if c is None)
     if unknown:
-        print(f"\nno estimate for {', '.join(unknown)}: the images or their list are not found here (data.path, data.train_list)")
+        print(
+            f"\nno estimate for {', '.join(unknown)}: the images or their list are not found here (data.path, data.train_list)"
+        )
     for name, why in made.refused.items():
         print(f"point {name} is refused: {why}")
     return 1 if made.refused else 0
@@ -70,8 +78,14 @@ def _start(made: campaign.Campaign, args, max_jobs: int, folder: Path) -> int | 
         return campaign.run_here(made, args.nproc, args.quiet)
     count = campaign.submit(made, wants, max_jobs, say)
     flying = len(made.ids)
-    print(f"{count} jobs submitted" if count else f"nothing to submit: what is left is in the queue ({flying} jobs)")
-    print(f"see them with   ltdd-scale status {folder} --watch\nend them with   ltdd-scale cancel {folder}")
+    print(
+        f"{count} jobs submitted"
+        if count
+        else f"nothing to submit: what is left is in the queue ({flying} jobs)"
+    )
+    print(
+        f"see them with   ltdd-scale status {folder} --watch\nend them with   ltdd-scale cancel {folder}"
+    )
     if args.wait:
         return board.wait(folder, POLL, say)
     return 0
@@ -93,17 +107,47 @@ def run_sweep(args) -> int:
     store = (args.store or out.parent / "store").absolute()
     wants = _profile(args)
     settings = [f"--set={s}" for s in args.set]
-    last = Job("report", "summary", "", [["sweep", str(args.file.absolute()), "--out", str(out), "--store", str(store), "--report", *settings]], [], [])
+    last = Job(
+        "report",
+        "summary",
+        "",
+        [
+            [
+                "sweep",
+                str(args.file.absolute()),
+                "--out",
+                str(out),
+                "--store",
+                str(store),
+                "--report",
+                *settings,
+            ]
+        ],
+        [],
+        [],
+    )
     points = {name: (config, out / name) for name, config in configs.items()}
-    made = campaign.make(found.name, out / "jobs", store, points, wants, refused, last if args.cluster == "slurm" else None)
+    made = campaign.make(
+        found.name,
+        out / "jobs",
+        store,
+        points,
+        wants,
+        refused,
+        last if args.cluster == "slurm" else None,
+    )
     if not args.report:
         for name, why in refused.items():
             print(f"point {name} is refused: {why}", flush=True)
-        code = _start(made, args, args.max_jobs if args.max_jobs is not None else found.max_jobs, out)
+        code = _start(
+            made, args, args.max_jobs if args.max_jobs is not None else found.max_jobs, out
+        )
         if code is not None and (args.dry_run or args.cluster == "slurm" or code not in (0, 1)):
             return code  # on a cluster the last job writes the report; here it is written now, unless we were stopped
     out.mkdir(parents=True, exist_ok=True)
     print(sweep.write_report(found, made, out))
-    print(f"report            {out / 'sweep.md'}, {out / 'results.json'}; every point has its own page, {out}/<point>/report.html")
+    print(
+        f"report            {out / 'sweep.md'}, {out / 'results.json'}; every point has its own page, {out}/<point>/report.html"
+    )
     unfinished = [j for j in made.jobs if j.report and not made.done(j)]
     return 1 if (unfinished or refused) and not args.report else 0

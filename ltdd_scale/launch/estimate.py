@@ -12,7 +12,9 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.models import registry
 from ltdd_scale.runtime import files
 
-BACKWARD = 2  # a backward pass costs about two forward passes; the gradient of the input alone about one
+BACKWARD = (
+    2  # a backward pass costs about two forward passes; the gradient of the input alone about one
+)
 
 
 def forward_flops(net: str, width: int, norm: str, size: int) -> float:
@@ -59,16 +61,41 @@ def flops(config: Config, store: Path) -> dict[str, float] | None:
     for role, one in (("observer", observer), ("teacher", teacher)):
         out[role] = getattr(config, role).epochs * images * views * one * (1 + BACKWARD)
     with torch.device("meta"):
-        layers = len(registry.norm_layers(registry.backbone(config.observer.net, config.observer.width, config.observer.norm, size)))
-    passes = (layers + 1) / 2 if config.calibrate.recalibrate else 1  # one a layer, up to that layer
+        layers = len(
+            registry.norm_layers(
+                registry.backbone(
+                    config.observer.net, config.observer.width, config.observer.norm, size
+                )
+            )
+        )
+    passes = (
+        (layers + 1) / 2 if config.calibrate.recalibrate else 1
+    )  # one a layer, up to that layer
     out["calibrate"] = passes * images * observer if config.strategies.calibrate else 0.0
     out["initialize"] = images * config.initialize.crops * teacher
-    out["recover"] = config.recover.iterations * small * 2 * (observer + teacher * (config.recover.teacher_ce > 0))
+    out["recover"] = (
+        config.recover.iterations
+        * small
+        * 2
+        * (observer + teacher * (config.recover.teacher_ce > 0))
+    )
     settings, out["relabel"], out["students"] = config.relabel, 0.0, 0.0
     if settings.labels != "online":
-        out["relabel"] = small * teacher * ((settings.epochs or config.evaluate.epochs) if settings.labels == "stored" else 1)
+        out["relabel"] = (
+            small
+            * teacher
+            * ((settings.epochs or config.evaluate.epochs) if settings.labels == "stored" else 1)
+        )
     for unit in graph.units(config):
         student = forward_flops(unit["net"], config.teacher.width, config.teacher.norm, size)
-        epochs, many = (config.evaluate.full_epochs, images) if unit["set"] == "full" else (config.evaluate.epochs, small)
-        out["students"] += epochs * many * (student * (1 + BACKWARD) + (teacher if unit["labels"] == "online" else 0))
+        epochs, many = (
+            (config.evaluate.full_epochs, images)
+            if unit["set"] == "full"
+            else (config.evaluate.epochs, small)
+        )
+        out["students"] += (
+            epochs
+            * many
+            * (student * (1 + BACKWARD) + (teacher if unit["labels"] == "online" else 0))
+        )
     return out

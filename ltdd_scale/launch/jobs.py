@@ -42,7 +42,10 @@ def _commands(stage: str, count: int, tail: list[str]) -> list[list[str]]:
     if stage in ("observer", "teacher"):
         return [["train", stage, *tail]]
     if stage in ("recover", "students"):
-        return [["evaluate" if stage == "students" else stage, *tail, "--part", f"{k}/{count}"] for k in range(count)]
+        return [
+            ["evaluate" if stage == "students" else stage, *tail, "--part", f"{k}/{count}"]
+            for k in range(count)
+        ]
     return [[stage, *tail]]
 
 
@@ -53,15 +56,38 @@ def _where(node: graph.Node) -> str:
 def plan(points: list[Point], store: Path, profile: Profile) -> list[Job]:
     """All jobs of the points, each after those that it needs. What is done already is planned too."""
     jobs: list[Job] = []
-    maker: dict[str, str] = {}  # what -> the job that makes it; what is a folder of the store, or "parts of" one
+    maker: dict[
+        str, str
+    ] = {}  # what -> the job that makes it; what is a folder of the store, or "parts of" one
 
-    def add(point: Point, stage: str, makes: list[str], reads: list[str], count: int = 1, folder: str = "") -> None:
+    def add(
+        point: Point,
+        stage: str,
+        makes: list[str],
+        reads: list[str],
+        count: int = 1,
+        folder: str = "",
+    ) -> None:
         if all(m in maker for m in makes):
             return  # another point's job does it
         name = f"{point.name}/{stage}" if point.name else stage
-        needs = [maker[r] for r in (*reads, *makes) if r in maker]  # what another job makes as well is waited for, not waited at
-        commands = _commands(stage, count, [str(point.path), "--out", str(point.out), "--store", str(store)])
-        jobs.append(Job(name, stage, point.name, commands, [m.removeprefix("parts of ") for m in makes], list(dict.fromkeys(needs)), folder))
+        needs = [
+            maker[r] for r in (*reads, *makes) if r in maker
+        ]  # what another job makes as well is waited for, not waited at
+        commands = _commands(
+            stage, count, [str(point.path), "--out", str(point.out), "--store", str(store)]
+        )
+        jobs.append(
+            Job(
+                name,
+                stage,
+                point.name,
+                commands,
+                [m.removeprefix("parts of ") for m in makes],
+                list(dict.fromkeys(needs)),
+                folder,
+            )
+        )
         for m in makes:
             maker.setdefault(m, name)
 
@@ -71,14 +97,37 @@ def plan(points: list[Point], store: Path, profile: Profile) -> list[Job]:
         inputs = {name: [at[i] for i in n.inputs] for name, n in nodes.items()}
         for stage in ("shard", "observer", "teacher", "calibrate", "initialize"):
             add(point, stage, [at[stage]], inputs[stage])
-        add(point, "recover", [f"parts of {at['recover']}"], inputs["recover"], profile.of("recover").array)
+        add(
+            point,
+            "recover",
+            [f"parts of {at['recover']}"],
+            inputs["recover"],
+            profile.of("recover").array,
+        )
         # The next job puts together what the parts of recovery made.
-        add(point, "relabel", [at["recover"], at["relabel"]], [f"parts of {at['recover']}", *inputs["relabel"], *inputs["recover"]])
+        add(
+            point,
+            "relabel",
+            [at["recover"], at["relabel"]],
+            [f"parts of {at['recover']}", *inputs["relabel"], *inputs["recover"]],
+        )
         students = [name for name, n in nodes.items() if n.stage == "student"]
         reads = [at["relabel"], *(i for s in students for i in inputs[s])]
-        add(point, "students", [at[s] for s in students], reads, min(profile.of("students").array, len(students)))
+        add(
+            point,
+            "students",
+            [at[s] for s in students],
+            reads,
+            min(profile.of("students").array, len(students)),
+        )
         add(point, "evaluate", [at["evaluate"]], inputs["evaluate"])
-        add(point, "report", [f"report of {at['evaluate']} in {point.out}"], [at["evaluate"]], folder=str(point.out))
+        add(
+            point,
+            "report",
+            [f"report of {at['evaluate']} in {point.out}"],
+            [at["evaluate"]],
+            folder=str(point.out),
+        )
     return jobs
 
 
@@ -90,4 +139,6 @@ def is_done(job: Job, store: Path, configs: dict[str, Config]) -> bool:
     if all(graph.complete(store / f) for f in job.nodes):
         return True
     n = len(job.commands)
-    return job.stage == "recover" and all((store / job.nodes[0] / graph.part_mark(k, n)).exists() for k in range(n))
+    return job.stage == "recover" and all(
+        (store / job.nodes[0] / graph.part_mark(k, n)).exists() for k in range(n)
+    )

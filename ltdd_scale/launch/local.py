@@ -29,19 +29,37 @@ def default_ranks(device: str) -> int:
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed launcher leaves no orphans at work
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: a killed launcher leaves no orphans at work
 
 
-def _start(num: int, arguments: Sequence[str], folder: str, attempt: int, auto: bool) -> list[subprocess.Popen]:
+def _start(
+    num: int, arguments: Sequence[str], folder: str, attempt: int, auto: bool
+) -> list[subprocess.Popen]:
     workers = []
     for rank in range(num):
         env = dict(os.environ)
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("OMP_NUM_THREADS", "1")
-        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on an option that is set on purpose
+        env.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # DDP's advice on an option that is set on purpose
         # A file instead of a port: no port to be in use, none to guess.
-        env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num), LTDD_RENDEZVOUS=f"file://{folder}/rendezvous-{attempt}", LTDD_AUTO_RANKS=str(int(auto)))
-        workers.append(subprocess.Popen([sys.executable, "-m", "ltdd_scale", *arguments], env=env, preexec_fn=_die_with_parent))
+        env.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(num),
+            LTDD_RENDEZVOUS=f"file://{folder}/rendezvous-{attempt}",
+            LTDD_AUTO_RANKS=str(int(auto)),
+        )
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "ltdd_scale", *arguments],
+                env=env,
+                preexec_fn=_die_with_parent,
+            )
+        )
     return workers
 
 
@@ -69,7 +87,11 @@ def run_ranks(num: int, arguments: Sequence[str], auto: bool, max_restarts: int)
             signals.check()  # we were asked to stop, not just a rank
             what = "asked to stop" if code > 0 else f"killed by {signal.Signals(-code).name}"
             if attempt < max_restarts:
-                print(f"a rank was {what}; starting again from the last checkpoints ({attempt + 1} of {max_restarts})", file=sys.stderr, flush=True)
+                print(
+                    f"a rank was {what}; starting again from the last checkpoints ({attempt + 1} of {max_restarts})",
+                    file=sys.stderr,
+                    flush=True,
+                )
         hint = "; if that is SIGKILL, memory may be short: lower --nproc" if code < 0 else ""
         print(f"error: a rank was {what} {max_restarts + 1} times{hint}", file=sys.stderr)
         return code if code > 0 else 128 - code

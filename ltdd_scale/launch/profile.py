@@ -14,9 +14,25 @@ from ltdd_scale import config as configuration
 from ltdd_scale.config import option
 from ltdd_scale.errors import UserError
 
-CPU_STAGES = ("shard", "report", "summary")  # no GPU is of use there; "summary" is a sweep's report, and gets what "report" gets
+CPU_STAGES = (
+    "shard",
+    "report",
+    "summary",
+)  # no GPU is of use there; "summary" is a sweep's report, and gets what "report" gets
 EXPERTS = ("observer", "teacher")  # what gains from more than one node
-STAGES = ("shard", "observer", "teacher", "calibrate", "initialize", "recover", "relabel", "students", "evaluate", "report", "summary")
+STAGES = (
+    "shard",
+    "observer",
+    "teacher",
+    "calibrate",
+    "initialize",
+    "recover",
+    "relabel",
+    "students",
+    "evaluate",
+    "report",
+    "summary",
+)
 
 
 _GPUS = re.compile(r"^(gpu(?::[A-Za-z_][^:,()]*)?)(?::\d+)?(?=$|,)")  # of --gres=gpu:a100:4
@@ -32,7 +48,9 @@ class Resources:
     constraint: str = option("", "node features, such as a100|h100")
     nodes: int = option(1, "nodes", low=1)
     gpus_per_node: int = option(1, "GPUs a node, one task each; 0: none, one task a node", low=0)
-    gres: str = option("", "asked for instead of --gpus-per-node, where a cluster wants it: gpu:a100:4")
+    gres: str = option(
+        "", "asked for instead of --gpus-per-node, where a cluster wants it: gpu:a100:4"
+    )
     cpus_per_task: int = option(1, "CPUs a task", low=1)
     mem_gb: float = option(0.0, "memory a node; 0: the cluster's default", low=0)
     minutes: int = option(60, "time limit; work goes on in a new turn where it is too short", low=1)
@@ -47,16 +65,38 @@ class Resources:
 class Profile(Resources):
     """A cluster: the resources of every stage, what single stages get instead, and its customs."""
 
-    stages: dict = dataclasses.field(default_factory=dict, metadata={"doc": "settings for single stages, laid over the others: {recover: {array: 16}}"})
+    stages: dict = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "doc": "settings for single stages, laid over the others: {recover: {array: 16}}"
+        },
+    )
     array_parallelism: int = option(32, "elements of one array that run at a time", low=1)
-    signal_delay_s: int = option(90, "seconds between SIGUSR2 and the end of the time limit: enough for a step and a save", low=5)
-    retries: int = option(3, "times a job starts again after it was killed or broke down, not counting preemptions", low=0)
-    tflops: float = option(60.0, "what a GPU is assumed to reach, for the estimate of GPU-hours only", low=0.001)
+    signal_delay_s: int = option(
+        90,
+        "seconds between SIGUSR2 and the end of the time limit: enough for a step and a save",
+        low=5,
+    )
+    retries: int = option(
+        3,
+        "times a job starts again after it was killed or broke down, not counting preemptions",
+        low=0,
+    )
+    tflops: float = option(
+        60.0, "what a GPU is assumed to reach, for the estimate of GPU-hours only", low=0.001
+    )
     setup: list[str] = option([], "lines of shell before the work: module load …")
-    env: dict = dataclasses.field(default_factory=dict, metadata={"doc": "environment variables of the jobs"})
-    srun_args: list[str] = option([], "more arguments of srun, for instance a container's: --container-image=…")
+    env: dict = dataclasses.field(
+        default_factory=dict, metadata={"doc": "environment variables of the jobs"}
+    )
+    srun_args: list[str] = option(
+        [], "more arguments of srun, for instance a container's: --container-image=…"
+    )
     python: str = option("", "the interpreter on the nodes; empty: the one that submits")
-    extra: dict = dataclasses.field(default_factory=dict, metadata={"doc": "more sbatch parameters: {reservation: maintenance, exclude: node7}"})
+    extra: dict = dataclasses.field(
+        default_factory=dict,
+        metadata={"doc": "more sbatch parameters: {reservation: maintenance, exclude: node7}"},
+    )
 
     def of(self, stage: str) -> Resources:
         """The resources of a stage's job."""
@@ -70,7 +110,9 @@ class Profile(Resources):
             values.update(gpus_per_node=min(1, self.gpus_per_node))
         out = Resources(**{**values, **own})
         if out.gres and "gres" not in own:  # the profile's, for as many GPUs as this stage gets
-            out.gres = _GPUS.sub(rf"\g<1>:{out.gpus_per_node}", out.gres) if out.gpus_per_node else ""
+            out.gres = (
+                _GPUS.sub(rf"\g<1>:{out.gpus_per_node}", out.gres) if out.gpus_per_node else ""
+            )
         return out if stage in ("recover", "students") else dataclasses.replace(out, array=1)
 
 
@@ -94,6 +136,10 @@ def load(path: Path) -> Profile:
         profile.stages[stage] = {name: getattr(resources, name) for name in own}
     for stage in STAGES:
         minutes = profile.of(stage).minutes
-        if minutes * 60 < 2 * profile.signal_delay_s:  # it would be asked to stop before it has begun, again and again
-            raise UserError(f"{path}: minutes: {minutes} ({stage}) is too short for signal_delay_s: {profile.signal_delay_s}: at least twice as long")
+        if (
+            minutes * 60 < 2 * profile.signal_delay_s
+        ):  # it would be asked to stop before it has begun, again and again
+            raise UserError(
+                f"{path}: minutes: {minutes} ({stage}) is too short for signal_delay_s: {profile.signal_delay_s}: at least twice as long"
+            )
     return profile

@@ -18,7 +18,9 @@ from ltdd_scale.launch.profile import Profile
 from ltdd_scale.launch.task import Task
 
 # States after which SLURM does not run a job again unless asked. NODE_FAIL is none: the job comes back (where the cluster requeues).
-OVER = frozenset(["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"])
+OVER = frozenset(
+    ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"]
+)
 
 # After srun, in the batch script. A job that was killed or broke down goes back into the queue, up to so many times, with the reason kept; one that
 # SLURM itself ends (cancelled, preempted, requeued) is not RUNNING any more here; one that ended with the user's error has left a `.final` note.
@@ -40,13 +42,22 @@ exit $code
 """
 
 
-def parameters(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> dict[str, Any]:
+def parameters(
+    job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str
+) -> dict[str, Any]:
     """submitit's parameters for a job that runs the package in `code`."""
     wants = profile.of(job.stage)
     env = [f'export {k}="{v}"' for k, v in profile.env.items()]
     # The snapshot of the code comes before all else; safe path, or else a checkout in the current folder would come first.
-    env += [f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}${{PYTHONPATH:+:$PYTHONPATH}}"', "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
-    teardown = (_TEARDOWN % {"ends": shlex.quote(str(folder / "ends")), "retries": profile.retries}).strip().splitlines()
+    env += [
+        f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+    ]
+    teardown = (
+        (_TEARDOWN % {"ends": shlex.quote(str(folder / "ends")), "retries": profile.retries})
+        .strip()
+        .splitlines()
+    )
     out = {
         "job_name": lane or job.name,
         "comment": job.name,
@@ -75,7 +86,9 @@ def parameters(job: Job, profile: Profile, folder: Path, code: Path, dependency:
 
 def dependency_of(ids: list[str], lane: str, kind: str = "afterok") -> str:
     """What must have ended (well); in a lane, also whatever was submitted there before: at most as many jobs run as there are lanes."""
-    return ",".join([*([f"{kind}:" + ":".join(ids)] if ids else []), *(["singleton"] if lane else [])])
+    return ",".join(
+        [*([f"{kind}:" + ":".join(ids)] if ids else []), *(["singleton"] if lane else [])]
+    )
 
 
 def script(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> str:
@@ -84,14 +97,21 @@ def script(job: Job, profile: Profile, folder: Path, code: Path, dependency: str
 
     count = {"map_count": len(job.commands)} if len(job.commands) > 1 else {}
     command = f"{profile.python or shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder / 'logs'))}"
-    return submitit_slurm._make_sbatch_string(command, folder / "logs", **count, **parameters(job, profile, folder, code, dependency, lane))
+    return submitit_slurm._make_sbatch_string(
+        command,
+        folder / "logs",
+        **count,
+        **parameters(job, profile, folder, code, dependency, lane),
+    )
 
 
 def submit(job: Job, profile: Profile, folder: Path, code: Path, dependency: str, lane: str) -> str:
     """Submit a job, or an array; return its SLURM id. Raises `UserError` with what sbatch said."""
     import submitit
 
-    executor = submitit.SlurmExecutor(folder / "logs", max_num_timeout=1000, python=profile.python or None)
+    executor = submitit.SlurmExecutor(
+        folder / "logs", max_num_timeout=1000, python=profile.python or None
+    )
     executor.update_parameters(**parameters(job, profile, folder, code, dependency, lane))
     tasks = [Task(c, os.getcwd(), code.name, str(folder)) for c in job.commands]
     # From inside a job (a shell on a node, say) its SLURM_ variables would be taken for wishes.
@@ -103,14 +123,22 @@ def submit(job: Job, profile: Profile, folder: Path, code: Path, dependency: str
             with executor.batch():
                 made = [executor.submit(t) for t in tasks]
             return made[0].job_id.split("_")[0]
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, subprocess.SubprocessError) as error:
-        raise UserError(f"sbatch refuses the job {job.name}: {' '.join(str(error).split())}") from None
+    except (
+        submitit.core.utils.FailedJobError,
+        submitit.core.utils.FailedSubmissionError,
+        subprocess.SubprocessError,
+    ) as error:
+        raise UserError(
+            f"sbatch refuses the job {job.name}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def need_slurm() -> None:
     for tool in ("sbatch", "squeue", "scontrol", "srun"):
         if shutil.which(tool) is None:
-            raise UserError(f'{tool} is not found: run this where SLURM\'s commands are, or try a cluster on this machine with: eval "$(slurm/testbed up)"')
+            raise UserError(
+                f'{tool} is not found: run this where SLURM\'s commands are, or try a cluster on this machine with: eval "$(slurm/testbed up)"'
+            )
 
 
 @dataclass
@@ -124,12 +152,32 @@ class State:
 
 def states() -> dict[str, State]:
     """The user's jobs that SLURM still knows, by id (123 or 123_4), in one call."""
-    done = subprocess.run(["squeue", "--me", "-h", "-r", "-t", "all", "-O", "JobArrayID:32,State:20,RestartCnt:8,Reason:64"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "squeue",
+            "--me",
+            "-h",
+            "-r",
+            "-t",
+            "all",
+            "-O",
+            "JobArrayID:32,State:20,RestartCnt:8,Reason:64",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise UserError(f"SLURM does not answer: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
+        raise UserError(
+            f"SLURM does not answer: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}"
+        )
     out = {}
     for line in done.stdout.splitlines():
-        job, state, restarts, reason = line[:32].strip(), line[32:52].strip(), line[52:60].strip(), line[60:].strip()
+        job, state, restarts, reason = (
+            line[:32].strip(),
+            line[32:52].strip(),
+            line[52:60].strip(),
+            line[60:].strip(),
+        )
         out[job] = State(state, reason if reason != "None" else "", int(restarts or 0))
     return out
 

@@ -38,7 +38,10 @@ class Sweep:
         good, bad = {}, {}
         for name, settings in self.points.items():
             try:
-                texts = [f"{k}={yaml.safe_dump(v, default_flow_style=True).splitlines()[0]}" for k, v in {**self.common, **settings}.items()]
+                texts = [
+                    f"{k}={yaml.safe_dump(v, default_flow_style=True).splitlines()[0]}"
+                    for k, v in {**self.common, **settings}.items()
+                ]
                 good[name] = configuration.load(self.config, [*texts, *sets])
             except UserError as error:
                 bad[name] = str(error)
@@ -64,7 +67,9 @@ def load(path: Path) -> Sweep:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or "config" not in values or set(values) - set(KEYS):
-        raise UserError(f"{path}: a sweep has the keys {', '.join(KEYS)}, 'config' at least; got {', '.join(map(str, values)) if isinstance(values, dict) else values!r}")
+        raise UserError(
+            f"{path}: a sweep has the keys {', '.join(KEYS)}, 'config' at least; got {', '.join(map(str, values)) if isinstance(values, dict) else values!r}"
+        )
     kinds = {"set": dict, "grid": dict, "points": list, "max_jobs": int, "published": list}
     for key, kind in kinds.items():
         if not isinstance(values.get(key, kind()), kind):
@@ -73,7 +78,14 @@ def load(path: Path) -> Sweep:
     for key, choices in grid.items():
         if not isinstance(choices, list) or not choices:
             raise UserError(f"{path}: grid.{key}: expected a list of values, got {choices!r}")
-    chosen = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())] if grid else []
+    chosen = (
+        [
+            dict(zip(grid, combination, strict=True))
+            for combination in itertools.product(*grid.values())
+        ]
+        if grid
+        else []
+    )
     chosen += [dict(p) for p in values.get("points", [])]
     points: dict[str, dict[str, Any]] = {}
     for settings in chosen:
@@ -84,7 +96,14 @@ def load(path: Path) -> Sweep:
     if not points:
         raise UserError(f"{path}: neither 'grid' nor 'points' has a point")
     published = values.get("published", [])
-    return Sweep(path.stem, (path.parent / values["config"]).resolve(), points, values.get("max_jobs", 0), published, values.get("set", {}))
+    return Sweep(
+        path.stem,
+        (path.parent / values["config"]).resolve(),
+        points,
+        values.get("max_jobs", 0),
+        published,
+        values.get("set", {}),
+    )
 
 
 def _matches(row: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -103,24 +122,66 @@ def _distilled(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def write_report(sweep: Sweep, campaign: Campaign, out: Path) -> str:
     """Write ``results.json`` and ``sweep.md`` (one table of all points, one of the means over seeds, published numbers beside them); return the text."""
-    rows = [["point", "distilled", "spread over classes", "many", "medium", "few", "random real", "whole set", "teacher", "published"]]
+    rows = [
+        [
+            "point",
+            "distilled",
+            "spread over classes",
+            "many",
+            "medium",
+            "few",
+            "random real",
+            "whole set",
+            "teacher",
+            "published",
+        ]
+    ]
     found: dict[str, Any] = {}
     missing = []
     for name, settings in sweep.points.items():
         folder = next((p.out for p in campaign.points if p.name == name), None)
         mine = {**sweep.common, **settings}
-        beside = "; ".join(f"{r['method']} {r['top1']}" for r in sweep.published if _matches(r, mine)) or "–"
+        beside = (
+            "; ".join(f"{r['method']} {r['top1']}" for r in sweep.published if _matches(r, mine))
+            or "–"
+        )
         if name in campaign.refused:
             missing.append(f"- **{name}**: not run: {campaign.refused[name]}")
         elif folder is None or not (folder / "results.json").exists():
-            reason = next((e for j in campaign.jobs if j.point == name and (e := board.last_error(campaign, j))), "")
-            missing.append(f"- **{name}**: not finished{': ' + reason if reason else ''}; `ltdd-scale logs {campaign.folder.parent} {name}` says more")
+            reason = next(
+                (
+                    e
+                    for j in campaign.jobs
+                    if j.point == name and (e := board.last_error(campaign, j))
+                ),
+                "",
+            )
+            missing.append(
+                f"- **{name}**: not finished{': ' + reason if reason else ''}; `ltdd-scale logs {campaign.folder.parent} {name}` says more"
+            )
         else:
             cells = _distilled(files.read_json(folder / "results.json"))
-            found[name] = {"settings": settings, **{k: {n: e.get(n) for n in ("top1", "top1_std", "class_std", "many", "medium", "few")} for k, e in cells.items()}}
+            found[name] = {
+                "settings": settings,
+                **{
+                    k: {
+                        n: e.get(n)
+                        for n in ("top1", "top1_std", "class_std", "many", "medium", "few")
+                    }
+                    for k, e in cells.items()
+                },
+            }
             d = cells["distilled"]
             others = [report.cell(cells.get(k, {}), "top1") for k in ("random", "full")]
-            rows.append([name, *(report.cell(d, n) for n in ("top1", "class_std", "many", "medium", "few")), *others, f"{cells['teacher']['top1']:.1f}", beside])
+            rows.append(
+                [
+                    name,
+                    *(report.cell(d, n) for n in ("top1", "class_std", "many", "medium", "few")),
+                    *others,
+                    f"{cells['teacher']['top1']:.1f}",
+                    beside,
+                ]
+            )
     text = f"# {sweep.name}\n\n{len(found)} of {len(sweep.points)} points, top-1 in per cent (mean ± standard deviation over students).\n\n"
     if found:
         text += report.markdown(rows) + "\n"
@@ -140,7 +201,9 @@ def _over_seeds(found: dict[str, Any]) -> list[list[str]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in found.values():
         if "seed" in entry["settings"]:
-            groups.setdefault(point_name({k: v for k, v in entry["settings"].items() if k != "seed"}), []).append(entry)
+            groups.setdefault(
+                point_name({k: v for k, v in entry["settings"].items() if k != "seed"}), []
+            ).append(entry)
     rows = [["settings", "seeds", "distilled", "random real", "teacher"]]
     for name, entries in groups.items():
         cells = []

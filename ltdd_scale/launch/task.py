@@ -39,7 +39,9 @@ def job_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-_LATER = re.compile(r"timed out|contact|connect|communicat|transmitted|standby", re.IGNORECASE)  # the controller is away, or very busy
+_LATER = re.compile(
+    r"timed out|contact|connect|communicat|transmitted|standby", re.IGNORECASE
+)  # the controller is away, or very busy
 
 
 def requeue(why: str) -> bool:
@@ -48,7 +50,11 @@ def requeue(why: str) -> bool:
         if turn:
             time.sleep(10)
         done = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
-        said = "the job is queued again" if done.returncode == 0 else f"scontrol requeue says: {done.stderr.strip()}"
+        said = (
+            "the job is queued again"
+            if done.returncode == 0
+            else f"scontrol requeue says: {done.stderr.strip()}"
+        )
         print(f"  {why}: {said}", file=sys.stderr, flush=True)
         if done.returncode == 0 or not _LATER.search(done.stderr):
             break
@@ -74,7 +80,11 @@ class Fence:
 
     def check(self) -> None:
         if self.latest() > self.mine:
-            print(f"  attempt {self.latest()} of job {job_id()} has begun: attempt {self.mine} ends here, unwritten", file=sys.stderr, flush=True)
+            print(
+                f"  attempt {self.latest()} of job {job_id()} has begun: attempt {self.mine} ends here, unwritten",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(signals.STOP_CODE)
 
 
@@ -99,7 +109,9 @@ def _make_room(first: bool) -> None:
     # An end of ours before rank 0 has spoken would count as the job's. SIGTERM says that SLURM has heard it.
     spoken = False
     while time.monotonic() - begin < 120 and not signals.save_wanted(begin):
-        if not spoken and time.monotonic() - begin > 15:  # rank 0 waits in a collective for us, and hears nothing there
+        if (
+            not spoken and time.monotonic() - begin > 15
+        ):  # rank 0 waits in a collective for us, and hears nothing there
             spoken = True
             requeue("saved, and rank 0 is silent")
         time.sleep(0.05)
@@ -136,10 +148,14 @@ class Task:
         if code == signals.STOP_CODE:
             _make_room(first)
         if code == 1 and first:
-            files.write_text(folder / "ends" / f"{job_id()}.final", "the error is in the job's log\n")  # trying again would not help
+            files.write_text(
+                folder / "ends" / f"{job_id()}.final", "the error is in the job's log\n"
+            )  # trying again would not help
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # submitit has no result to write, and a left-over thread of a library no say
+        os._exit(
+            code
+        )  # submitit has no result to write, and a left-over thread of a library no say
 
     def _work(self, first: bool) -> int:
         import ltdd_scale
@@ -147,15 +163,33 @@ class Task:
 
         os.chdir(self.cwd)
         # One task is one rank: without this a job of one task would start as many as it sees cores.
-        os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
-        for leaked in ("MASTER_ADDR", "MASTER_PORT", "LTDD_RENDEZVOUS"):  # of whoever submitted, as from inside another job
+        os.environ.update(
+            RANK=os.environ["SLURM_PROCID"],
+            WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+            LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        )
+        for leaked in (
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "LTDD_RENDEZVOUS",
+        ):  # of whoever submitted, as from inside another job
             os.environ.pop(leaked, None)
         if first:
-            attempt, node = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURMD_NODENAME", "")
-            print(f"== job {job_id()}, attempt {attempt}, on {node}: ltdd-scale {' '.join(self.arguments)}", file=sys.stderr, flush=True)
+            attempt, node = (
+                os.environ.get("SLURM_RESTART_COUNT", "0"),
+                os.environ.get("SLURMD_NODENAME", ""),
+            )
+            print(
+                f"== job {job_id()}, attempt {attempt}, on {node}: ltdd-scale {' '.join(self.arguments)}",
+                file=sys.stderr,
+                flush=True,
+            )
         now = code_digest(Path(ltdd_scale.__file__).parent)
         if now != self.digest:
-            print(f"error: the code in {Path(ltdd_scale.__file__).parent} has changed since this job was submitted ({self.digest}, now {now}): submit again", file=sys.stderr)
+            print(
+                f"error: the code in {Path(ltdd_scale.__file__).parent} has changed since this job was submitted ({self.digest}, now {now}): submit again",
+                file=sys.stderr,
+            )
             return 1
         try:
             return cli.main(self.arguments)

@@ -29,7 +29,9 @@ def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.sum((2, 3)), (x * x).sum((2, 3))
     block = _block(h * w)
     blocks = x.float().reshape(n, c, h * w // block, block)
-    return blocks.sum(3).sum(2, dtype=torch.float64), torch.linalg.vector_norm(blocks, dim=3).double().square().sum(2)
+    return blocks.sum(3).sum(2, dtype=torch.float64), torch.linalg.vector_norm(
+        blocks, dim=3
+    ).double().square().sum(2)
 
 
 def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,9 @@ def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor]:
     """
     count, channels = moments[:, :1], (moments.shape[1] - 1) // 2
     if (count == 0).any():
-        raise UserError(f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; it cannot have statistics")
+        raise UserError(
+            f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; it cannot have statistics"
+        )
     means, squares = moments[:, 1 : 1 + channels] / count, moments[:, 1 + channels :] / count
     mean = means.mean(0)
     var = squares.mean(0) - mean**2 if variance == "mixture" else (squares - means**2).mean(0)

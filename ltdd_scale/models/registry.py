@@ -25,11 +25,18 @@ class ConvNet(nn.Sequential):
     def __init__(self, depth: int, width: int, norm: str, resolution: int):
         layers: list[nn.Module] = []
         for k in range(depth):
-            layers += [nn.Conv2d(width if k else 3, width, 3, padding=1), _norm(norm, width), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
+            layers += [
+                nn.Conv2d(width if k else 3, width, 3, padding=1),
+                _norm(norm, width),
+                nn.ReLU(inplace=True),
+                nn.AvgPool2d(2),
+            ]
         super().__init__(*layers, nn.Flatten())
         self.num_features = width * (resolution // 2**depth) ** 2
         if not self.num_features:
-            raise UserError(f"convnet{depth} needs images of at least {2**depth} pixels, data.resolution is {resolution}")
+            raise UserError(
+                f"convnet{depth} needs images of at least {2**depth} pixels, data.resolution is {resolution}"
+            )
 
 
 class _Block(nn.Module):
@@ -47,7 +54,10 @@ class _Block(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride > 1 or self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride],
+                (0, 0, 0, 0, self.more // 2, self.more - self.more // 2),
+            )
         return F.relu(x + y)
 
 
@@ -55,7 +65,11 @@ class ResNet32(nn.Sequential):
     """ResNet-32 for 32-pixel images: 3 stages of 5 blocks, 16/32/64 channels."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+        ]
         channels = 16
         for stage, width in enumerate((16, 32, 64)):
             for block in range(5):
@@ -74,7 +88,9 @@ def _without_head(net: nn.Module) -> nn.Module:
     parent, _, leaf = name.rpartition(".")
     holder = net.get_submodule(parent)
     if isinstance(holder, nn.Sequential):
-        holder[int(leaf) if leaf.isdigit() else list(dict(holder.named_children())).index(leaf)] = nn.Identity()
+        holder[int(leaf) if leaf.isdigit() else list(dict(holder.named_children())).index(leaf)] = (
+            nn.Identity()
+        )
     else:
         setattr(holder, leaf, nn.Identity())
     net.num_features = last.in_features
@@ -95,8 +111,12 @@ def backbone(name: str, width: int, norm: str, resolution: int) -> nn.Module:
         net.maxpool = nn.Identity()
         return _without_head(net)
     if name not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"unknown net {name!r}: one of {', '.join(CONVNETS)}, resnet32, resnet18_cifar, or a torchvision classifier such as resnet50")
-    kwargs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        raise UserError(
+            f"unknown net {name!r}: one of {', '.join(CONVNETS)}, resnet32, resnet18_cifar, or a torchvision classifier such as resnet50"
+        )
+    kwargs = (
+        {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    )
     return _without_head(torchvision.models.get_model(name, weights=None, **kwargs))
 
 
@@ -111,9 +131,17 @@ class TwoHeads(nn.Module):
         self.backbone, d = features, features.num_features
         self.fc, self.fc_cb = nn.Linear(d, num_classes), nn.Linear(d, num_classes)
         if projection:
-            self.projector = nn.Sequential(nn.Linear(d, projection, bias=False), nn.BatchNorm1d(projection), nn.ReLU(inplace=True), nn.Linear(projection, projection))
+            self.projector = nn.Sequential(
+                nn.Linear(d, projection, bias=False),
+                nn.BatchNorm1d(projection),
+                nn.ReLU(inplace=True),
+                nn.Linear(projection, projection),
+            )
             self.predictor = nn.Sequential(
-                nn.Linear(projection, projection // 4, bias=False), nn.BatchNorm1d(projection // 4), nn.ReLU(inplace=True), nn.Linear(projection // 4, projection)
+                nn.Linear(projection, projection // 4, bias=False),
+                nn.BatchNorm1d(projection // 4),
+                nn.ReLU(inplace=True),
+                nn.Linear(projection // 4, projection),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,13 +177,25 @@ class Network:
 
     @staticmethod
     def describe(name: str, width: int, norm: str, resolution: int, num_classes: int) -> dict:
-        return {"net": name, "width": width, "norm": norm, "resolution": resolution, "num_classes": num_classes}
+        return {
+            "net": name,
+            "width": width,
+            "norm": norm,
+            "resolution": resolution,
+            "num_classes": num_classes,
+        }
 
     @staticmethod
     def build(recipe: dict, weights: dict) -> TwoHeads:
         """The expert of a saved recipe, frozen and in eval mode, without what only training needed."""
-        model = TwoHeads(backbone(recipe["net"], recipe["width"], recipe["norm"], recipe["resolution"]), recipe["num_classes"], 0)
-        model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(("projector", "predictor"))})
+        model = TwoHeads(
+            backbone(recipe["net"], recipe["width"], recipe["norm"], recipe["resolution"]),
+            recipe["num_classes"],
+            0,
+        )
+        model.load_state_dict(
+            {k: v for k, v in weights.items() if not k.startswith(("projector", "predictor"))}
+        )
         return model.eval().requires_grad_(False)
 
 

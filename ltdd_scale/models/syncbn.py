@@ -15,14 +15,20 @@ class _Normalize(torch.autograd.Function):
     """x [n, C, …] → (x − mean) / sqrt(var + eps) with the mean and biased variance over all ranks; also mean, var [C] and the global count."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
         flat = flat.float()
-        local = torch.full((1,), float(flat.shape[0] * flat.shape[2]), device=x.device)  # not a copy from the host, which would wait for the device
+        local = torch.full(
+            (1,), float(flat.shape[0] * flat.shape[2]), device=x.device
+        )  # not a copy from the host, which would wait for the device
         mean = flat.mean(2).mean(0)
         # Each rank's second moment is about its own mean: no large numbers cancel. The ranks' are joined in float64.
         square = (torch.linalg.vector_norm((flat - mean[:, None]), dim=2) ** 2).sum(0)
-        sums = torch.cat([local.double(), mean.double() * local, square.double() + mean.double() ** 2 * local])
+        sums = torch.cat(
+            [local.double(), mean.double() * local, square.double() + mean.double() ** 2 * local]
+        )
         dist.all_reduce(sums)
         count, channels = sums[0], len(mean)
         mean = sums[1 : 1 + channels] / count
@@ -42,10 +48,20 @@ class _Normalize(torch.autograd.Function):
         both = own.double()
         dist.all_reduce(both)
         channels = len(mean)
-        mean_grad, mean_product = (both[:channels] / count).float(), (both[channels:] / count).float()
-        dx = (grad - mean_grad.view(shape) - xhat * mean_product.view(shape)) * (scale * weight).view(shape)
+        mean_grad, mean_product = (
+            (both[:channels] / count).float(),
+            (both[channels:] / count).float(),
+        )
+        dx = (grad - mean_grad.view(shape) - xhat * mean_product.view(shape)) * (
+            scale * weight
+        ).view(shape)
         # The parameters' gradients are this rank's share: the engine averages over ranks as it does for every other parameter.
-        return dx.to(x.dtype), own[channels:].to(weight.dtype), own[:channels].to(weight.dtype), None
+        return (
+            dx.to(x.dtype),
+            own[channels:].to(weight.dtype),
+            own[:channels].to(weight.dtype),
+            None,
+        )
 
 
 class _Synced:

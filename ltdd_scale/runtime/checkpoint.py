@@ -60,9 +60,13 @@ class Checkpoints:
 
     def _numbered(self) -> list[Path]:
         """Newest first."""
-        return sorted(self.folder.glob("step-*.pt"), key=lambda p: int(p.stem.split("-")[1]), reverse=True)
+        return sorted(
+            self.folder.glob("step-*.pt"), key=lambda p: int(p.stem.split("-")[1]), reverse=True
+        )
 
-    def load(self, device: Any = "cpu", step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+    def load(
+        self, device: Any = "cpu", step: int | None = None
+    ) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest valid checkpoint, or None. A damaged one is passed over for the one before.
 
         With `step` that of this step alone, which another rank has found to be valid. Raises `PassingError` where it cannot be read here.
@@ -76,20 +80,26 @@ class Checkpoints:
             except UserError:
                 continue
             if saved["owner"] != self.owner:
-                raise UserError(f"{path} belongs to other work ({saved['owner']}, not {self.owner}); delete it or choose another --store")
+                raise UserError(
+                    f"{path} belongs to other work ({saved['owner']}, not {self.owner}); delete it or choose another --store"
+                )
             return saved["step"], saved["state"]
         return None
 
     def _exactly(self, step: int, device: Any) -> tuple[int, dict[str, Any]]:
         path = self.folder / f"step-{step:012d}.pt"
-        for _ in range(60):  # a network file system may remember for a while what the folder held before
+        for _ in range(
+            60
+        ):  # a network file system may remember for a while what the folder held before
             try:
                 saved = tensors.load(path, device)
                 return saved["step"], saved["state"]
             except UserError as found:
                 error = found
             time.sleep(1)
-        raise PassingError(f"the checkpoint that rank 0 goes on from is not to be read here: {error}")
+        raise PassingError(
+            f"the checkpoint that rank 0 goes on from is not to be read here: {error}"
+        )
 
     def clear(self) -> None:
         self.wait()

@@ -22,7 +22,9 @@ guard: Callable[[], None] = lambda: None  # noqa: E731
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` when all went well: a crash leaves the old file or the new one, never a torn one."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # not the process's number: two nodes may share a folder and have the same one
+    tmp = path.with_name(
+        f".{path.name}.{os.urandom(6).hex()}.tmp"
+    )  # not the process's number: two nodes may share a folder and have the same one
     try:
         with open(tmp, "wb") as f:
             yield f
@@ -47,7 +49,19 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 # Of file servers that fail over, and machines that are short of memory: none of the user's making.
 _PASSING = frozenset(
-    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EAGAIN, errno.ENOMEM, errno.EPIPE)
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ESHUTDOWN,
+        errno.EREMOTEIO,
+        errno.ENOTCONN,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EAGAIN,
+        errno.ENOMEM,
+        errno.EPIPE,
+    )
 )
 
 
@@ -58,11 +72,21 @@ def kind(error: OSError) -> type[UserError]:
 def explain(error: OSError, path: Path) -> UserError:
     """A full disk or a read-only folder, in words."""
     if error.errno == errno.ENOSPC:
-        return UserError(f"{path}: no space left on the device; free some and run the same command again: finished work is kept")
-    if error.filename is not None and Path(error.filename).parent != path.parent and path not in Path(error.filename).parents:
-        return kind(error)(f"{error.filename}: {error.strerror or error}")  # something that was read, not what was being written
+        return UserError(
+            f"{path}: no space left on the device; free some and run the same command again: finished work is kept"
+        )
+    if (
+        error.filename is not None
+        and Path(error.filename).parent != path.parent
+        and path not in Path(error.filename).parents
+    ):
+        return kind(error)(
+            f"{error.filename}: {error.strerror or error}"
+        )  # something that was read, not what was being written
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return UserError(f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store")
+        return UserError(
+            f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store"
+        )
     return kind(error)(f"{path}: {error.strerror or error}")
 
 
@@ -76,7 +100,9 @@ def lock(fd: int, how: int) -> bool:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         name = os.readlink(f"/proc/self/fd/{fd}")
-        raise UserError(f"{name}: this file system has no flock, which keeps two runs apart: mount it with locks (Lustre: -o flock) or choose another --store") from None
+        raise UserError(
+            f"{name}: this file system has no flock, which keeps two runs apart: mount it with locks (Lustre: -o flock) or choose another --store"
+        ) from None
     return True
 
 

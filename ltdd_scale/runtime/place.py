@@ -12,7 +12,11 @@ from typing import Any
 from ltdd_scale.errors import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_STEP = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_STEP = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}
 
 
 def adopt(env: MutableMapping[str, str] = os.environ) -> bool:
@@ -27,7 +31,11 @@ def adopt(env: MutableMapping[str, str] = os.environ) -> bool:
         return True
     if "SLURM_STEP_ID" not in env or env.get("SLURM_STEP_NUM_TASKS") == "1":
         return False
-    _refuse_half([name for name in _STEP.values() if name in env], tuple(_STEP.values()), "start with srun, or unset the SLURM_ variables")
+    _refuse_half(
+        [name for name in _STEP.values() if name in env],
+        tuple(_STEP.values()),
+        "start with srun, or unset the SLURM_ variables",
+    )
     env.update({ours: env[theirs] for ours, theirs in _STEP.items()})
     return True
 
@@ -35,7 +43,9 @@ def adopt(env: MutableMapping[str, str] = os.environ) -> bool:
 def _refuse_half(given: list[str], needed: tuple[str, ...], cure: str) -> None:
     missing = [name for name in needed if name not in given]
     if missing:
-        raise UserError(f"the environment has {', '.join(given) or 'SLURM_STEP_ID'} but not {', '.join(missing)}: {cure}")
+        raise UserError(
+            f"the environment has {', '.join(given) or 'SLURM_STEP_ID'} but not {', '.join(missing)}: {cure}"
+        )
 
 
 def attempt(env: MutableMapping[str, str] = os.environ) -> str:
@@ -44,7 +54,11 @@ def attempt(env: MutableMapping[str, str] = os.environ) -> str:
 
 
 def in_step() -> bool:
-    return "SLURM_STEP_ID" in os.environ and "MASTER_ADDR" not in os.environ and "LTDD_RENDEZVOUS" not in os.environ
+    return (
+        "SLURM_STEP_ID" in os.environ
+        and "MASTER_ADDR" not in os.environ
+        and "LTDD_RENDEZVOUS" not in os.environ
+    )
 
 
 def note_of(folder: Path) -> Path:
@@ -52,7 +66,9 @@ def note_of(folder: Path) -> Path:
     return folder / attempt()
 
 
-meeting: Any = None  # the torch.distributed store by which the ranks of this step have met; rank 0 serves it
+meeting: Any = (
+    None  # the torch.distributed store by which the ranks of this step have met; rank 0 serves it
+)
 
 
 def have_left() -> None:
@@ -65,5 +81,9 @@ def have_left() -> None:
 def all_have_left(seconds: float) -> None:
     """For rank 0: wait until all others have saved, but not for one that is in a collective and will not hear of it."""
     end = time.monotonic() + seconds
-    while meeting is not None and time.monotonic() < end and meeting.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+    while (
+        meeting is not None
+        and time.monotonic() < end
+        and meeting.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1
+    ):
         time.sleep(0.05)

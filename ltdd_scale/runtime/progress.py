@@ -21,7 +21,15 @@ class Progress:
 
     ``recover  34 % (17/50 chunks)  0:41 min left  loss 0.123``: redrawn on a terminal, a line now and then in a log."""
 
-    def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0, pause: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        quiet: bool = False,
+        done: int = 0,
+        pause: Callable[[], None] = lambda: None,
+    ):
         self._pause = pause
         self.title, self.total, self.unit, self.quiet = title, max(total, 1), unit, quiet
         self.done = self._first = done
@@ -40,10 +48,25 @@ class Progress:
         self._shown = now
         worked = done - self._first
         left = (now - self._start) / worked * (self.total - done) if worked else None
-        rest = "" if left is None else f"  {duration(left)} left" if done < self.total else f"  took {duration(now - self._start)}"
-        note = note or (f"{worked / (now - self._start):.0f} {self.unit}/s" if self.unit == "images" and worked else "")
+        rest = (
+            ""
+            if left is None
+            else f"  {duration(left)} left"
+            if done < self.total
+            else f"  took {duration(now - self._start)}"
+        )
+        note = note or (
+            f"{worked / (now - self._start):.0f} {self.unit}/s"
+            if self.unit == "images" and worked
+            else ""
+        )
         line = f"  {self.title}  {100 * done // self.total} % ({done}/{self.total} {self.unit}){rest}  {note}".rstrip()
         if self._tty:
-            print(f"\r\x1b[2K{line}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[2K{line}",
+                end="\n" if done >= self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(line, file=sys.stderr, flush=True)

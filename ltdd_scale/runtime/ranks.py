@@ -64,7 +64,9 @@ class Ranks:
         """For each wish, whether any rank has it: the same answer on every rank, in one small reduction on the CPUs."""
         if self.world == 1:
             return wishes
-        bits = torch.tensor([sum(1 << k for k, wish in enumerate(wishes) if wish)], dtype=torch.int32)
+        bits = torch.tensor(
+            [sum(1 << k for k, wish in enumerate(wishes) if wish)], dtype=torch.int32
+        )
         dist.all_reduce(bits, op=dist.ReduceOp.BOR)
         return tuple(bool(int(bits) >> k & 1) for k in range(len(wishes)))
 
@@ -83,7 +85,9 @@ class Ranks:
         with warnings.catch_warnings():
             # torch 2.15 renames the option to one that still synchronises at the start; older releases know only this name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, **options)
+            return torch.nn.parallel.DistributedDataParallel(
+                model, broadcast_buffers=False, **options
+            )
 
 
 def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> Ranks:
@@ -93,20 +97,35 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     Raises `UserError` for a half-set environment and for a GPU that is not there.
     """
     place.adopt()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(place.TORCHRUN, (0, 1, 0), strict=True))
-    kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in zip(place.TORCHRUN, (0, 1, 0), strict=True)
+    )
+    kind = (
+        "cuda"
+        if device == "auto" and torch.cuda.is_available()
+        else "cpu"
+        if device == "auto"
+        else device
+    )
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, or check the driver")
+            raise UserError(
+                "runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, or check the driver"
+            )
         if place.in_step() and torch.cuda.device_count() == 1:
             local = 0  # SLURM shows each task its own GPU only
         if local >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc")
+            raise UserError(
+                f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc"
+            )
         torch.cuda.set_device(local)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.matmul.allow_tf32 = False  # crops are matrix products, and their pixels want float32
+        torch.backends.cuda.matmul.allow_tf32 = (
+            False  # crops are matrix products, and their pixels want float32
+        )
         torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.set_num_threads(threads)
     if world > 1 and not dist.is_initialized():
@@ -115,12 +134,35 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
         if place.in_step():
             store = place.meeting = _meet(meeting, rank, world, timeout)
         else:
-            store, _, _ = next(dist.rendezvous(os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout))
+            store, _, _ = next(
+                dist.rendezvous(
+                    os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout
+                )
+            )
         # torchrun keeps its store when it restarts workers; without a prefix they would look for their dead predecessors' addresses, and wait.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, timeout=timeout)
-    wants = "bfloat16" if precision == "auto" and kind == "cuda" else "float32" if precision == "auto" else precision
-    return Ranks(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"), torch.bfloat16 if wants == "bfloat16" else None)
+        store = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
+        dist.init_process_group(
+            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+        )
+    wants = (
+        "bfloat16"
+        if precision == "auto" and kind == "cuda"
+        else "float32"
+        if precision == "auto"
+        else precision
+    )
+    return Ranks(
+        rank,
+        world,
+        torch.device(kind, local) if kind == "cuda" else torch.device("cpu"),
+        torch.bfloat16 if wants == "bfloat16" else None,
+    )
 
 
 def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
@@ -133,7 +175,9 @@ def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> d
         except OSError:
             host = ""
         host = host or socket.gethostname()
-        store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(
+            host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False
+        )
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(note, f"{host} {store.port}")
         return store
@@ -143,9 +187,13 @@ def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> d
             return dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
         if waited % 50 == 49:
             signals.check()
-            os.listdir(folder) if folder.exists() else None  # a network file system may remember for long that a file is not there
+            os.listdir(
+                folder
+            ) if folder.exists() else None  # a network file system may remember for long that a file is not there
         time.sleep(0.1)
-    raise UserError(f"rank {rank} has waited 5 minutes for rank 0's note {note}: is the store on a file system that all nodes share?")
+    raise UserError(
+        f"rank {rank} has waited 5 minutes for rank 0's note {note}: is the store on a file system that all nodes share?"
+    )
 
 
 def leave() -> None:

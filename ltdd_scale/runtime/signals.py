@@ -12,7 +12,9 @@ import signal
 import time
 from types import FrameType
 
-STOP_CODE = 75  # EX_TEMPFAIL, "try again later": launchers take it for "start me again, I go on from here"
+STOP_CODE = (
+    75  # EX_TEMPFAIL, "try again later": launchers take it for "start me again, I go on from here"
+)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 _requested: str | None = None
@@ -32,7 +34,9 @@ def _request(number: int, _: FrameType | None) -> None:
             os.write(2, b"  SIGTERM: saving, then going on until the end\n")
         return
     if _requested is None and os.environ.get("RANK", "0") == "0":
-        os.write(2, f"  {signal.Signals(number).name}: saving, then making room\n".encode())  # print is not safe in a handler
+        os.write(
+            2, f"  {signal.Signals(number).name}: saving, then making room\n".encode()
+        )  # print is not safe in a handler
     _requested = signal.Signals(number).name
 
 
@@ -50,7 +54,9 @@ def helper() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     # SIGTERM is how its parent ends it; but where SLURM keeps track by cgroups its notice reaches every process of the job, whatever its group,
     # and a loader whose worker died is an error. There a helper ends when it is told to through its queue, or with its parent.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if "SLURM_STEP_ID" in os.environ else signal.SIG_DFL)
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN if "SLURM_STEP_ID" in os.environ else signal.SIG_DFL
+    )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -47,5 +47,7 @@ def load(path: str | Path, device: Any = "cpu") -> Any:
     except OSError as error:
         raise files.kind(error)(f"cannot read {path}: {error.strerror}") from None
     if not is_whole(content):
-        raise UserError(f"{path} is damaged (its hash does not match); delete it and run the same command again")
+        raise UserError(
+            f"{path} is damaged (its hash does not match); delete it and run the same command again"
+        )
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)

@@ -21,7 +21,10 @@ TWO = {"nodes": 2, "gpus_per_node": 1}
 
 
 def same_bytes(jobs) -> None:
-    ours, calm = (files.read_json(base / "store" / jobs.job.nodes[0] / "stage.json")["files"] for base in (jobs.folder, jobs.calm))
+    ours, calm = (
+        files.read_json(base / "store" / jobs.job.nodes[0] / "stage.json")["files"]
+        for base in (jobs.folder, jobs.calm)
+    )
     assert ours == calm
 
 
@@ -32,16 +35,36 @@ def resumed(jobs) -> list[int]:
 
 def occupy(node: str, seconds: int = 2) -> str:
     """A job of high priority that wants the whole node."""
-    wanted = ["sbatch", "--parsable", "-p", "high", "-w", node, "--exclusive", "-c", "4", "-t", "5", "-o", "/dev/null", "--wrap", f"sleep {seconds}"]
+    wanted = [
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-w",
+        node,
+        "--exclusive",
+        "-c",
+        "4",
+        "-t",
+        "5",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        f"sleep {seconds}",
+    ]
     return subprocess.run(wanted, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def is_step(env, command) -> bool:
-    return command.startswith("slurmstepd:") and ".batch]" not in command and ".extern]" not in command
+    return (
+        command.startswith("slurmstepd:") and ".batch]" not in command and ".extern]" not in command
+    )
 
 
 def is_task(rank: str):
-    return lambda env, command: env.get("SLURM_PROCID") == rank and "SLURM_STEP_ID" in env and "submitit" in command
+    return lambda env, command: (
+        env.get("SLURM_PROCID") == rank and "SLURM_STEP_ID" in env and "submitit" in command
+    )
 
 
 def kill(pids: list[int]) -> None:
@@ -69,7 +92,11 @@ def kill_step(jobs) -> None:
 
 
 def kill_batch(jobs) -> None:
-    kill(jobs.processes(lambda env, command: command.startswith("slurmstepd:") and ".batch]" in command))
+    kill(
+        jobs.processes(
+            lambda env, command: command.startswith("slurmstepd:") and ".batch]" in command
+        )
+    )
 
 
 def test_training_that_is_disturbed_again_and_again(jobs):
@@ -82,14 +109,23 @@ def test_training_that_is_disturbed_again_and_again(jobs):
         event(run)
         if event is not kill_batch:  # of which nobody hears until the work is done
             # The next attempt must be there: the last one may work, and save, until it is killed.
-            until(lambda n=number: f"attempt {n + 1}, on" in run.log(), 90, f"{event.__name__}: no new attempt")
+            until(
+                lambda n=number: f"attempt {n + 1}, on" in run.log(),
+                90,
+                f"{event.__name__}: no new attempt",
+            )
     end = run.ended()
     assert end.state == "COMPLETED" and end.restarts >= 5, (end, run.log(), run.ends())
     steps = resumed(run)
-    assert len(steps) >= 3 and steps[0] > 0 and steps == sorted(steps), run.log()  # the second attempt may be stopped before it has read its checkpoint
+    assert len(steps) >= 3 and steps[0] > 0 and steps == sorted(steps), (
+        run.log()
+    )  # the second attempt may be stopped before it has read its checkpoint
     same_bytes(run)
     assert "exit code 137" in run.ends() and "slurmstepd gone" in run.ends()  # the reasons are kept
-    assert "SIGUSR2: saving, then making room" in run.log() and "the slurmstepd of this task is gone" in run.log()
+    assert (
+        "SIGUSR2: saving, then making room" in run.log()
+        and "the slurmstepd of this task is gone" in run.log()
+    )
 
 
 def test_preemption_without_notice(jobs):
@@ -107,7 +143,11 @@ def test_sigterm_alone_saves_and_goes_on(jobs, testbed):
     conf = Path(os.environ["SLURM_CONF"])
     text = conf.read_text()
     try:
-        conf.write_text(text.replace("\nSlurmctldParameters=preempt_send_user_signal", "\n").replace("GraceTime=30", "GraceTime=10"))
+        conf.write_text(
+            text.replace("\nSlurmctldParameters=preempt_send_user_signal", "\n").replace(
+                "GraceTime=30", "GraceTime=10"
+            )
+        )
         subprocess.run(["scontrol", "reconfigure"], check=True)
         run = jobs("observer", **TWO, env={"LTDD_DRAG": "0.2"})
         run.submit()
@@ -116,7 +156,10 @@ def test_sigterm_alone_saves_and_goes_on(jobs, testbed):
         end = run.ended()
         # Killed when the grace is over, it is requeued and resumes. It must not have stopped, which counts as an end.
         assert end.state == "COMPLETED" and resumed(run), (end, run.log())
-        assert "SIGTERM: saving, then going on until the end" in run.log() and "making room" not in run.log()
+        assert (
+            "SIGTERM: saving, then going on until the end" in run.log()
+            and "making room" not in run.log()
+        )
         same_bytes(run)
     finally:
         conf.write_text(text)
@@ -128,7 +171,10 @@ def test_the_time_limit(jobs):
     run = jobs("observer", **TWO, minutes=1, signal_delay_s=30, env={"LTDD_DRAG": "0.2"})
     run.submit()
     end = run.ended(300)
-    assert end.state == "COMPLETED" and end.restarts >= 1 and "SIGUSR2" in run.log(), (end, run.log())
+    assert end.state == "COMPLETED" and end.restarts >= 1 and "SIGUSR2" in run.log(), (
+        end,
+        run.log(),
+    )
     same_bytes(run)
 
 
@@ -138,18 +184,28 @@ def test_a_node_that_slurm_gave_up_writes_no_more(jobs, testbed):
     number = run.submit()
     run.checkpoint()
     for pid in run.processes(is_task("0")) + run.processes(is_task("1")):
-        os.kill(pid, signal.SIGSTOP)  # a machine that hangs: it must not finish before SLURM has noticed
+        os.kill(
+            pid, signal.SIGSTOP
+        )  # a machine that hangs: it must not finish before SLURM has noticed
     stopped = run.processes(lambda env, command: "submitit" in command and "SLURM_STEP_ID" in env)
-    node = subprocess.run(["squeue", "-h", "-j", number, "-o", "%N"], capture_output=True, text=True).stdout.strip()
+    node = subprocess.run(
+        ["squeue", "-h", "-j", number, "-o", "%N"], capture_output=True, text=True
+    ).stdout.strip()
     os.kill(int((testbed / f"run/slurmd-{node}.pid").read_text()), signal.SIGKILL)
     until(lambda: run.state().restarts >= 1, 90, f"SLURM has not noticed that {node} is gone")
     # The lock is let go only once the old attempt has ended: it finds, awake, that it has been replaced.
-    until(lambda: (run.folder / "run/jobs/fences" / number).read_text() == "1", 90, "no second attempt")
+    until(
+        lambda: (run.folder / "run/jobs/fences" / number).read_text() == "1",
+        90,
+        "no second attempt",
+    )
     for pid in stopped:
         os.kill(pid, signal.SIGCONT)
     end = run.ended()
     assert end.state == "COMPLETED", (end, run.log())
-    assert "attempt 1 of job" in run.log() and "attempt 0 ends here, unwritten" in run.log(), run.log()
+    assert "attempt 1 of job" in run.log() and "attempt 0 ends here, unwritten" in run.log(), (
+        run.log()
+    )
     same_bytes(run)
     subprocess.run([TESTBED, "up"], check=True, capture_output=True)
 
@@ -165,25 +221,52 @@ def test_an_element_of_recovery_resumes_within_its_chunk(jobs):
     assert re.search(r"recover: chunk 0 goes on at iteration \d+", run.log()), run.log()
     assert not (run.work / "stage.json").exists()
     # The parts put together are the whole.
-    done = cli("recover", run.calm / "long.yaml", "--out", run.folder / "run", "--store", run.store, "--nproc", 1)
+    done = cli(
+        "recover",
+        run.calm / "long.yaml",
+        "--out",
+        run.folder / "run",
+        "--store",
+        run.store,
+        "--nproc",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     same_bytes(run)
 
 
 def test_a_rank_that_waits_for_others_does_not_keep_their_job_from_the_queue(jobs):
     """Rank 0 has done its student and waits, in a collective that hears no signal, for rank 1, who is asked to stop."""
-    run = jobs("students", "evaluate.epochs=60", gpus_per_node=2, cpus_per_task=1, env={"LTDD_DRAG": "0.3", "LTDD_DRAG_TASK": "1"})
+    run = jobs(
+        "students",
+        "evaluate.epochs=60",
+        gpus_per_node=2,
+        cpus_per_task=1,
+        env={"LTDD_DRAG": "0.3", "LTDD_DRAG_TASK": "1"},
+    )
     number = run.submit()
-    until(lambda: "rank 0 has done 1 of 1" in "".join(p.read_text() for p in (run.folder / "run/jobs/logs").glob("*_0_log.out")), 90, "rank 0 is not done")
+    until(
+        lambda: (
+            "rank 0 has done 1 of 1"
+            in "".join(p.read_text() for p in (run.folder / "run/jobs/logs").glob("*_0_log.out"))
+        ),
+        90,
+        "rank 0 is not done",
+    )
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
     end = run.ended()
     assert end.state == "COMPLETED" and end.restarts == 1, (end, run.log())
     assert "rank 0 is silent" in run.log(), run.log()
-    assert len(run.job.nodes) == 2 and all((run.store / n / "stage.json").exists() for n in run.job.nodes)
+    assert len(run.job.nodes) == 2 and all(
+        (run.store / n / "stage.json").exists() for n in run.job.nodes
+    )
 
 
 def test_a_job_that_keeps_dying_is_given_up_with_the_reason(jobs, tmp_path):
-    fault = {"LTDD_FAULT": "replace:step-:1:KILL:me", "LTDD_FAULT_MARK": f"{tmp_path}/mark-$SLURM_RESTART_COUNT"}
+    fault = {
+        "LTDD_FAULT": "replace:step-:1:KILL:me",
+        "LTDD_FAULT_MARK": f"{tmp_path}/mark-$SLURM_RESTART_COUNT",
+    }
     run = jobs("observer", **TWO, retries=1, env=fault)
     run.submit()
     end = run.ended()
@@ -208,12 +291,27 @@ def test_code_that_changed_since_submission_is_refused(jobs):
     with open(code / "ltdd_scale/recover.py", "a") as f:
         f.write("# edited\n")
     subprocess.run(["scontrol", "release", number], check=True)
-    assert run.ended().state == "FAILED" and "has changed since this job was submitted" in run.log(), run.log()
+    assert (
+        run.ended().state == "FAILED" and "has changed since this job was submitted" in run.log()
+    ), run.log()
 
 
 def test_the_queue_is_read_in_one_call(nodes):
-    number = subprocess.run(["sbatch", "--parsable", "-a", "0-2", "-o", "/dev/null", "--wrap", "sleep 30"], capture_output=True, text=True, check=True).stdout.strip()
+    number = subprocess.run(
+        ["sbatch", "--parsable", "-a", "0-2", "-o", "/dev/null", "--wrap", "sleep 30"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     mine = {i: s for i, s in slurm.states().items() if i.startswith(number)}
-    assert set(mine) == {f"{number}_{k}" for k in range(3)} and all(s.state in ("PENDING", "RUNNING") for s in mine.values())
+    assert set(mine) == {f"{number}_{k}" for k in range(3)} and all(
+        s.state in ("PENDING", "RUNNING") for s in mine.values()
+    )
     slurm.cancel([number])
-    until(lambda: all(s.state == "CANCELLED" for i, s in slurm.states().items() if i.startswith(number)), 20, "not cancelled")
+    until(
+        lambda: all(
+            s.state == "CANCELLED" for i, s in slurm.states().items() if i.startswith(number)
+        ),
+        20,
+        "not cancelled",
+    )
