@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # One environment per set of dependencies: a changed setup.py builds a new one beside the old mark.
 STAMP := $(VENV)/.ltdd-$(shell sha256sum setup.py | cut -c1-12)
+PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: quickstart test test-quick test-faults lint setup
+.PHONY: quickstart check test test-faults lint setup
 
 setup: $(STAMP)
 
@@ -18,23 +19,23 @@ $(STAMP):
 quickstart: setup
 	$(VENV)/bin/ltdd-scale run configs/quickstart.yaml
 
-# SLURM's tests wait most of the time: they run beside the others, and what they say is shown after them.
-test: setup
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest tests/slurm >slurm-tests.tmp 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
-	$(VENV)/bin/python -m pytest --ignore=tests/slurm; others=$$?; \
-	wait $$slurm; slurm=$$?; cat slurm-tests.tmp; rm slurm-tests.tmp; \
-	exit $$((others + slurm))
-
-test-quick: setup
-	$(VENV)/bin/python -m pytest -m "not slow"
-
+# Format, lint, types, the floors of the house.
 lint: setup
-	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ty check --python $(VENV) -q
+	$(VENV)/bin/lint-imports --no-cache
+
+# What a developer runs before each commit: under two minutes.
+check: lint
+	$(PYTEST) -q -m "not slow"
+
+# All tests, SLURM's included: about 15 minutes on two cores.
+test: lint
+	$(VENV)/bin/python tools/run_tests.py
 
 # The whole fault-injection suite: some tens of minutes. CI runs a shorter one.
 test-faults: setup
-	LTDD_FAULTS=$(or $(FAULTS),200) LTDD_FAULTS_REPORT=$(CURDIR)/faults.tmp $(VENV)/bin/python -m pytest -s tests/faults
+	LTDD_FAULTS=$(or $(FAULTS),200) LTDD_FAULTS_REPORT=$(CURDIR)/faults.tmp $(PYTEST) -s tests/faults
 	{ echo "# Fault injection"; echo; date -u "+\`make test-faults\`, %Y-%m-%d."; echo; cat faults.tmp; } > benchmarks/faults.md
 	rm faults.tmp

@@ -25,11 +25,18 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "scikit-learn>=1.4",
+        "pydantic>=2.7",
     ],
     extras_require={
         # What a cluster adds; a laptop does without.
         "scale": ["deepspeed>=0.16", "nvidia-dali-cuda130", "submitit>=1.5"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "ty==0.0.107",
+            "import-linter>=2.1",
+        ],
     },
     entry_points={"console_scripts": ["ltdd-scale=ltdd_scale.cli:console"]},
 )

@@ -8,6 +8,11 @@ class UserError(Exception):
 
 
 class PassingError(UserError):
-    """What may be over soon: another rank is gone, a file server is away. Trying again may go well, which it does not with the other errors of this kind."""
+    """What may be over soon: another rank is gone, a file server is away. Trying again may go well,
+    which it does not with the other errors of this kind."""
 
     code = 70
+
+
+class PeerLost(PassingError):
+    """Another rank is gone. It has said why, or was killed; its launcher knows which."""

@@ -1,64 +1,52 @@
-"""Training on a distilled set alone: what a user of the set does, without our configs, shards or store."""
+"""Training on a distilled set alone, as its users do: without config, shards or store."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ltdd_scale import config as configuration
-from ltdd_scale import evaluate, softlabels
-from ltdd_scale.data.loader import MemoryImages, normalizer
+from ltdd_scale.data.images import MemoryImages
+from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.shards import square
-from ltdd_scale.data.sources import IMAGE_NAMES
+from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
-from ltdd_scale.models import registry
-from ltdd_scale.runtime import files, ranks, tensors
+from ltdd_scale.judging.metrics import metrics
+from ltdd_scale.judging.settings import Training
+from ltdd_scale.judging.student import build, key_of
+from ltdd_scale.judging.training import Setup, train
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.contract import Maker
+from ltdd_scale.labels.views import view_spec
+from ltdd_scale.models import frozen
+from ltdd_scale.runtime import files, ranks
 from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.settings import parse
 
 
-def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images under folder/<name>/ as uint8 [N, 3, R, R], with labels int64 [N]. Raises `UserError` for an empty class."""
-    pixels, labels = [], []
-    for c, name in enumerate(names):
-        found = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_NAMES)
-        if not found:
-            raise UserError(f"{folder / name}: no images of class {c} there")
-        for path in found:
-            with Image.open(path) as image:
-                pixels.append(
-                    np.asarray(square(image.convert("RGB"), resolution)).transpose(2, 0, 1)
-                )
-            labels.append(c)
-    return np.stack(pixels), np.asarray(labels, np.int64)
+@dataclass(frozen=True)
+class Description:
+    """What ``set.json`` tells of a set and of how it was judged. `folders` are the class folders,
+    in label order, `train_counts` the images of each class that it was distilled from."""
 
-
-def read_labels(
-    folder: Path,
-    classes: np.ndarray,
-    num_classes: int,
-    train_counts: list[int],
-    device: torch.device,
-) -> softlabels.Labels:
-    """The labels that came with the set."""
-    facts = files.read_json(folder / "labels.json")
-    table: Any = None
-    if facts["labels"] == "single":
-        table = torch.from_numpy(np.load(folder / "single.npy")).to(device)
-    elif facts["labels"] == "stored":
-        table = softlabels.load_stored(folder, facts["epochs"])
-    shift = (
-        softlabels.shift_of(facts["tau"], np.asarray(train_counts), device)
-        if facts["tau"]
-        else None
-    )
-    return softlabels.Labels(
-        facts["labels"], classes, num_classes, device, facts["seed"], table, shift
-    )
+    classes: list[str]
+    folders: list[str]
+    train_counts: list[int]
+    resolution: int
+    mean: list[float]
+    std: list[float]
+    mirror: bool
+    precision: str
+    training: Training
+    net: str
+    width: int
+    norm: str
+    epochs: int
 
 
 def run(
@@ -69,74 +57,131 @@ def run(
     test: Path | None,
     save: Path | None,
 ) -> int:
-    """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its weights to `save`."""
-    if not (distilled / "set.json").exists():
-        raise UserError(f"{distilled} is not a distilled set (no set.json in it)")
+    """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its
+    weights to `save`. Returns the exit code."""
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs {epochs}: at least 1")
-    description = files.read_json(distilled / "set.json")
-    config = configuration.from_dict(description["config"])
-    peers = ranks.join("auto", config.runtime.precision, len(os.sched_getaffinity(0)))
-    size, settings = description["resolution"], config.evaluate
-    pixels, classes = read_images(distilled / "images", description["folders"], size)
-    images = MemoryImages(pixels, classes, peers.device)
-    saved = tensors.load(distilled / "teacher.pt")
-    teacher = peers.to_device(registry.Network.build(saved["recipe"], saved["model"]))
-    normalize = normalizer(description["mean"], description["std"], peers.device)
-    num_classes = len(description["classes"])
-    labels = read_labels(
-        distilled / "labels", classes, num_classes, description["train_counts"], peers.device
-    )
-    spec = softlabels.view_spec(settings, size, config.data.mirror)
-    net = net or (settings.nets or [config.teacher.net])[0]
-    key, expert = f"student {seed}", config.teacher
-    student = registry.seeded(
-        lambda: registry.Student(
-            registry.backbone(net, expert.width, expert.norm, size), num_classes
-        ),
-        key,
-        "weights",
-    )
-    # No checkpoints: nothing is written but what was asked for.
+    told = describe(distilled)
+    peers = ranks.join("auto", told.precision, len(os.sched_getaffinity(0)))
+    net = net or told.net
+    title = f"{net} seed {seed}"
+    setup = _setup(distilled, told, epochs or told.epochs, title, key_of(seed), peers)
+    recipe = frozen.recipe(net, told.width, told.norm, told.resolution, len(told.classes))
+    student = peers.to_device(build(recipe, setup.key))
+    # No checkpoints and no log: nothing is written but what was asked for.
     context = Context(peers, distilled / ".none", {}, "fit", float("inf"))
-    model, _ = evaluate.train_student(
-        peers.to_device(student),
-        images,
-        labels,
-        teacher,
-        normalize,
-        spec,
-        settings,
-        epochs or settings.epochs,
-        key,
-        context,
-        f"{net} seed {seed}",
-    )
+    model, _ = train(setup, student, context)
     if save:
-        tensors.save(
-            save,
-            {
-                "recipe": {
-                    **registry.Network.describe(net, expert.width, expert.norm, size, num_classes)
-                },
-                "model": model.state_dict(),
-            },
-        )
+        frozen.save(save, recipe, model)
         print(f"weights  {save}")
     if test:
-        named = [
-            c if (test / c).is_dir() else f
-            for c, f in zip(description["classes"], description["folders"], strict=True)
-        ]
-        held, truth = read_images(test, named, size)
-        result = evaluate.metrics(
-            evaluate.predict(model, MemoryImages(held, truth, peers.device), normalize, peers),
-            truth,
-            ["many"] * num_classes,
-        )
-        print(
-            f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, {len(truth)} images"
-        )
+        _judge(model, test, told, setup, peers)
     elif not save:
         print("trained, but neither --test nor --save was given: nothing to show")
     return 0
+
+
+def describe(distilled: Path) -> Description:
+    """What the set in the folder `distilled` tells of itself. Raises `UserError` where it is none,
+    or where another version of ltdd_scale has written it."""
+    if not (distilled / "set.json").exists():
+        raise UserError(f"{distilled} is not a distilled set (no set.json in it)")
+    told = files.read_json(distilled / "set.json")
+    try:
+        config = told["config"]
+        evaluate = config["evaluate"]
+        training = {name: evaluate[name] for name in Training.model_fields}
+        direct = ("classes", "folders", "train_counts", "resolution", "mean", "std")
+        return Description(
+            **{name: told[name] for name in direct},
+            mirror=config["data"]["mirror"],
+            precision=config["runtime"]["precision"],
+            training=parse(Training, training, "evaluate."),
+            net=evaluate["nets"][0],
+            width=evaluate["width"],
+            norm=evaluate["norm"],
+            epochs=evaluate["epochs"],
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{distilled / 'set.json'} does not say all that this version needs ({error!r}): "
+            "write the set anew with it, by 'ltdd-scale run'"
+        ) from None
+
+
+def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images under folder/<name>/ as uint8 [N, 3, R, R], with labels int64 [N]. Raises `UserError`
+    for a class without images."""
+    pixels, labels = [], []
+    for c, name in enumerate(names):
+        found = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_NAMES)
+        if not found:
+            raise UserError(f"{folder / name}: no images of class {c} there")
+        for path in found:
+            with Image.open(path) as image:
+                shown = square(image.convert("RGB"), resolution)
+            pixels.append(np.asarray(shown).transpose(2, 0, 1))
+            labels.append(c)
+    return np.stack(pixels), np.asarray(labels, np.int64)
+
+
+def _setup(
+    distilled: Path, told: Description, epochs: int, title: str, key: str, peers: Ranks
+) -> Setup:
+    """A student's training on the set, with the labels that came with it."""
+    facts = files.read_json(distilled / "labels" / "labels.json")
+    kind = KINDS.get(facts["labels"])
+    if kind is None:
+        raise UserError(
+            f"{distilled / 'labels' / 'labels.json'}: {facts['labels']!r} is none of "
+            f"{', '.join(KINDS)}: a newer ltdd_scale may know it"
+        )
+    # Labels that were made before need no teacher, and hard ones come without.
+    teacher = frozen.load(distilled / "teacher.pt", peers) if kind.each_view else None
+    maker = _maker(distilled, told, teacher, peers)
+    labels = kind.code().load(distilled / "labels", facts, maker)
+    return Setup(
+        images=maker.images,
+        labels=labels,
+        normalize=maker.normalize,
+        spec=maker.spec,
+        training=told.training,
+        epochs=epochs,
+        key=key,
+        title=title,
+    )
+
+
+def _maker(
+    distilled: Path, told: Description, teacher: frozen.Frozen | None, peers: Ranks
+) -> Maker:
+    """What loading labels needs; nothing that only making them would."""
+    pixels, classes = read_images(distilled / "images", told.folders, told.resolution)
+    return Maker(
+        images=MemoryImages(pixels, classes, peers.device),
+        teacher=teacher,
+        normalize=normalizer(told.mean, told.std, peers.device),
+        spec=view_spec(told.training, told.resolution, told.mirror),
+        views=told.training,
+        relabel=None,
+        num_classes=len(told.classes),
+        train_counts=np.asarray(told.train_counts),
+        seed=0,
+        epochs=0,
+        ranks=peers,
+    )
+
+
+def _judge(model: Any, test: Path, told: Description, setup: Setup, peers: Ranks) -> None:
+    """Print the accuracy on the images under test/<class>/."""
+    named = zip(told.classes, told.folders, strict=True)
+    names = [c if (test / c).is_dir() else folder for c, folder in named]
+    pixels, truth = read_images(test, names, told.resolution)
+    held = MemoryImages(pixels, truth, peers.device)
+    logits = frozen.predict(model, held, setup.normalize, peers)
+    result = metrics(logits, truth, ["many"] * len(told.classes))
+    print(
+        f"top-1 {result['top1']:.2f} %, balanced {result['balanced']:.2f} %, "
+        f"top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, "
+        f"{len(truth)} images"
+    )

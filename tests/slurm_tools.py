@@ -11,11 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, cli
 
-from ltdd_scale import config as configuration
 from ltdd_scale import session
-from ltdd_scale.launch import campaign, profile, slurm
+from ltdd_scale.config import load
+from ltdd_scale.launch import campaign, perform, profile
+from ltdd_scale.launch.cluster import State
+from ltdd_scale.launch.clusters.slurm import Slurm
+from ltdd_scale.launch.jobs import Point
+from ltdd_scale.session import Session
 
 TESTBED = ROOT / "slurm" / "testbed"
 
@@ -36,9 +41,17 @@ calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 20, chunk_classes: 5, iterations: 150}
 relabel: {labels: single}
-evaluate: {epochs: 5, seeds: 1, crop_scale: [0.6, 1.0]}
+evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: none}
 runtime: {checkpoint_seconds: 1, device: cpu}
 """
+
+
+def _apart() -> dict[str, str]:
+    """Settings that keep the clusters of two test processes apart (`make test` starts two, and sets
+    LTDD_TEST_CLUSTER): their ports, and the numbers of their jobs, by which tests find processes."""
+    number = int(os.environ.get("LTDD_TEST_CLUSTER", "0"))
+    first = number * 20_000_000 + int(time.time()) % 19_000_000 + 1
+    return {"TESTBED_PORT": str(16800 + 1000 * number), "TESTBED_FIRST_JOB": str(first)}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +68,7 @@ def testbed():
     )  # asked to end, pytest takes the cluster down first
     folder = Path(tempfile.mkdtemp(prefix="ltdd-slurm-"))
     folder.chmod(0o755)  # munge wants its socket reachable for all
-    env = {**os.environ, "LTDD_TESTBED": str(folder)}
+    env = {**os.environ, "LTDD_TESTBED": str(folder), **_apart()}
     done = subprocess.run([TESTBED, "up"], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     before, os.environ["SLURM_CONF"] = os.environ.get("SLURM_CONF"), str(folder / "slurm.conf")
@@ -85,6 +98,7 @@ def calm(tmp_path_factory) -> Path:
     """A folder with long.yaml and, in its store, what the undisturbed stages up to relabelling make on two ranks for the observer, one for the others."""
     folder = tmp_path_factory.mktemp("calm")
     (folder / "long.yaml").write_text(LONG)
+    where = ["--out", folder / "run", "--store", folder / "store"]
     for stage, ranks in (
         (["shard"], 1),
         (["train", "observer"], 2),
@@ -93,16 +107,7 @@ def calm(tmp_path_factory) -> Path:
         (["recover"], 1),
         (["relabel"], 1),
     ):
-        done = cli(
-            *stage,
-            folder / "long.yaml",
-            "--out",
-            folder / "run",
-            "--store",
-            folder / "store",
-            "--nproc",
-            ranks,
-        )
+        done = cli(*stage, folder / "long.yaml", *where, "--nproc", ranks)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -114,6 +119,18 @@ def until(condition, seconds: float, what: str):
         assert time.monotonic() < end, f"waited {seconds} s: {what}"
         time.sleep(0.1)
     return value
+
+
+def queue() -> dict[str, State]:
+    """What SLURM knows of our jobs."""
+    return Slurm(Path()).states()
+
+
+def occupy(node: str, seconds: int = 2) -> str:
+    """Submit a job of high priority that wants the whole node; return its id."""
+    wanted = ["-p", "high", "-w", node, "--exclusive", "-c", "4", "-t", "5", "-o", "/dev/null"]
+    command = ["sbatch", "--parsable", *wanted, "--wrap", f"sleep {seconds}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Jobs:
@@ -133,30 +150,27 @@ class Jobs:
         }
         path = folder / "profile.yaml"
         path.write_text(
-            configuration.yaml.safe_dump(
-                {**values, **settings, "env": {**DRAG, **settings.get("env", {})}}
-            )
+            yaml.safe_dump({**values, **settings, "env": {**DRAG, **settings.get("env", {})}})
         )
         self.profile = profile.load(path)
-        config = configuration.load(calm / "long.yaml", sets)
+        out = folder / "run"
+        found = perform.resolve(load.load(calm / "long.yaml", sets), out)
+        point = Point("", found.config, out, found.source, found.asked)
         self.made = campaign.make(
-            "long",
-            folder / "run" / "jobs",
-            self.store,
-            {"": (config, folder / "run")},
-            self.profile,
+            campaign.Campaign("long", out / "jobs", self.store, "slurm", [point]), self.profile
         )
+        self.cluster = self.made.open()
         (self.job,) = [j for j in self.made.jobs if j.name == stage]
         self.made.jobs = [self.job]
         shutil.rmtree(self.work, ignore_errors=True)
-        session.Session(config, folder / "run", self.store, []).enter()
+        session.enter(Session(self.job.requests[0]))
 
     @property
     def work(self) -> Path:
         return self.store / self.job.nodes[0]
 
     def submit(self) -> str:
-        assert campaign.submit(self.made, self.profile, 0, lambda text: None) == 1
+        assert campaign.submit(self.made, self.cluster, self.profile, 0, lambda text: None) == 1
         return self.made.ids[self.stage]
 
     def checkpoint(self, seconds: float = 120, after: int = 0) -> int:
@@ -165,7 +179,7 @@ class Jobs:
         def newer() -> int:
             steps = [int(p.stem.split("-")[1]) for p in self.work.glob("*/step-*.pt")]
             return max([s for s in steps if s > after], default=0) or (
-                -1 if self.state().state in slurm.OVER else 0
+                -1 if self.state().phase.over else 0
             )
 
         found = until(newer, seconds, f"no checkpoint after step {after} in {self.work}")
@@ -173,15 +187,14 @@ class Jobs:
         time.sleep(0.3)
         return found
 
-    def state(self) -> slurm.State:
-        states = {
-            i: s for i, s in slurm.states().items() if i.split("_")[0] == self.made.ids[self.stage]
-        }
-        return max(states.values(), key=lambda s: (s.state not in slurm.OVER, s.restarts))
+    def state(self) -> State:
+        number = self.made.ids[self.stage]
+        mine = [s for i, s in self.cluster.states().items() if i.split("_")[0] == number]
+        return max(mine, key=lambda s: (not s.phase.over, s.restarts))
 
-    def ended(self, seconds: float = 180) -> slurm.State:
+    def ended(self, seconds: float = 180) -> State:
         until(
-            lambda: self.state().state in slurm.OVER,
+            lambda: self.state().phase.over,
             seconds,
             f"the job is not over: {self.state()}\n{self.log()}",
         )

@@ -114,6 +114,6 @@ def test_every_operation_gives_images(op):
 
 @given(st.integers(1, 40), st.integers(4, 64), st.integers(0, 100))
 def test_cutmix_shares_are_the_areas(n, size, seed):
-    boxes, stays = augment.cutmix_boxes(rng(seed), n, size)
+    boxes, lam = augment.cutmix_boxes(rng(seed), n, size)
     mixed = augment.paste(torch.zeros(n, 1, size, size), torch.ones(n, 1, size, size), boxes)
-    assert np.allclose(1 - mixed.mean((1, 2, 3)).numpy(), stays, atol=1e-5)
+    assert np.allclose(1 - mixed.mean((1, 2, 3)).numpy(), lam, atol=1e-5)

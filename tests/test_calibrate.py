@@ -1,20 +1,20 @@
 import numpy as np
 import pytest
+import rldd_tools
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ltdd_scale import calibrate
-from ltdd_scale import config as configuration
-from ltdd_scale.data import loader, shards, sources
+from ltdd_scale.data import loader
 from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.models import registry
+from ltdd_scale.methods.rldd import calibrate
+from ltdd_scale.methods.rldd.settings import Calibrate
+from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
 from ltdd_scale.runtime import tensors
-from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks
 
 
 def recursion(batches):
@@ -42,7 +42,7 @@ def test_the_recursion_of_any_batching_and_order_is_sum_over_count(data):
     cuts = sorted(data.draw(st.lists(st.integers(1, n - 1), max_size=6)))
     order = np.asarray(data.draw(st.permutations(range(n))))
     layer = nn.BatchNorm2d(3).eval()
-    with calibrate.ClassMoments({"layer": layer}, 2, torch.device("cpu")) as found:
+    with calibrate.ClassMoments({"layer": layer}, 2) as found:
         parts = [p for p in np.split(order, cuts) if len(p)]
         for part in parts:
             found.labels = labels[part]
@@ -115,68 +115,53 @@ def test_units_hold_every_class_once_and_whole(counts, at_least):
 
 @pytest.mark.parametrize("net", ["convnet3", "resnet32", "densenet121"])
 def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net):
-    """Also in deep networks, where layers that are measured at once would all make up for the same shift, each on top of the others."""
+    """Also in deep networks, where layers that are measured at once would all make up for the same
+    shift, each on top of the others."""
     size = 8 if net != "densenet121" else 32
-    settings = [
-        "data.source=digits",
-        f"data.resolution={size}",
-        "data.max_per_class=12",
-        "data.imbalance_factor=4",
-        f"observer.net={net}",
-        "observer.width=8",
-        "data.mirror=false",
-    ]
-    (tmp_path / "c.yaml").write_text("{name: deep, ipc: 1}")
-    config = configuration.load(tmp_path / "c.yaml", settings)
-    for folder in ("shard", "observer", "out"):
-        (tmp_path / folder).mkdir()
-    shards.write(tmp_path / "shard", "digits", sources.open_source(config.data), 100, 0, quiet=True)
-    split = shards.ShardSplit(tmp_path / "shard", "train")
-    model = registry.seeded(
-        lambda: registry.TwoHeads(registry.backbone(net, 8, "batch", size), 10, 0), "deep"
-    )
-    images = loader.open_images(split, config, torch.device("cpu"))
-    x = loader.normalizer(split.mean, split.std, torch.device("cpu"))(
-        next(iter(images.stream([(np.arange(len(split)), None)], ViewSpec(size))))
-    )
-    for layer in registry.norm_layers(model).values():
-        layer.momentum = None  # plain averages: running statistics of one pass, of other images than those to be calibrated on
-    with torch.no_grad():
-        model.train()(0.95 * x + 0.1)
-    recipe = registry.Network.describe(net, 8, "batch", size, 10)
-    tensors.save(
-        tmp_path / "observer" / "weights.pt", {"recipe": recipe, "model": model.state_dict()}
-    )
-    context = Context(
-        Ranks(0, 1, torch.device("cpu"), None),
-        tmp_path / "out",
-        {"observer": tmp_path / "observer", "shard": tmp_path / "shard"},
-        "f",
-        60,
-        True,
-        True,
-        None,
-    )
-    calibrate.run(config, context)
-    made = tensors.load(tmp_path / "out" / "observer.pt")
-    model = registry.Network.build(made["recipe"], made["model"])
-    layers, weight = (
-        registry.norm_layers(model),
-        torch.from_numpy(1 / split.counts[split.labels] / len(split.counts)),
-    )
+    config = rldd_tools.config(size)
+    rldd_tools.run("shard", config, tmp_path)
+    split = ShardSplit(tmp_path / "shard", "train")
+    device = torch.device("cpu")
+    images = loader.open_images(split, config.data, device, 0)
+    whole = next(iter(images.stream([(np.arange(len(split)), None)], ViewSpec(size))))
+    x = loader.normalizer(split.mean, split.std, device)(whole)
+
+    def train(model):
+        """Plain averages of one pass over other images than those to be calibrated on."""
+        for layer in registry.norm_layers(model).values():
+            layer.momentum = None
+        with torch.no_grad():
+            model.train()(0.95 * x + 0.1)
+
+    rldd_tools.expert(tmp_path / "observer", "deep", net, "batch", size, train)
+    facts = rldd_tools.run("calibrate", config, tmp_path)
+    model = frozen.load(tmp_path / "calibrate" / "observer.pt", rldd_tools.ALONE).model
+    layers = registry.norm_layers(model)
+    weight = torch.from_numpy(1 / split.counts[split.labels] / len(split.counts))
     wrong = []
 
     def compare(layer, inputs):
         v = inputs[0].double()
         mean = (v.mean((2, 3)) * weight[:, None]).sum(0)
         var = ((v**2).mean((2, 3)) * weight[:, None]).sum(0) - mean**2
-        wrong.append(float(((mean - layer.running_mean).abs() / (var + layer.eps).sqrt()).max()))
-        wrong.append(
-            float((((layer.running_var - var).abs() - 1e-6).clamp(min=0) / (var + layer.eps)).max())
-        )
+        far = (mean - layer.running_mean).abs() / (var + layer.eps).sqrt()
+        off = ((layer.running_var - var).abs() - 1e-6).clamp(min=0) / (var + layer.eps)
+        wrong.extend((float(far.max()), float(off.max())))
 
     for layer in layers.values():
         layer.register_forward_pre_hook(compare)
     with torch.no_grad():
         model(x)
     assert len(wrong) == 2 * len(layers) and max(wrong) < 0.01, max(wrong)
+    assert facts["layers"] == len(layers)
+
+
+def test_without_fair_statistics_the_observer_keeps_its_own(tmp_path):
+    config = rldd_tools.config(calibrate=Calibrate(fair=False))
+    rldd_tools.expert(tmp_path / "observer", "own", "convnet3", "batch")
+    rldd_tools.run("calibrate", config, tmp_path)  # needs no shards
+    statistics = tensors.load(tmp_path / "calibrate" / "statistics.pt")
+    assert not statistics["fair"] and not statistics["moments"]
+    assert len(statistics["running"]) == len(statistics["batchnorm"]) == 3
+    weights = (tmp_path / "observer" / "weights.pt").read_bytes()
+    assert (tmp_path / "calibrate" / "observer.pt").read_bytes() == weights

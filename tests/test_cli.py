@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, cli, image_folder, said_plainly
+from conftest import ROOT, TINY, cli, folder_of, image_folder, process, said_plainly
 from torchvision.datasets import ImageFolder
 
 
@@ -23,7 +25,7 @@ def variant(tmp_path, text, **sections):
 
 def test_help_helps():
     said = cli("--help").stdout
-    for word in ("run", "train", "calibrate", "status", "verify", "fit", "ablation", "config"):
+    for word in ("run", "train", "calibrate", "status", "verify", "fit", "sweep", "config"):
         assert word in said
     assert (
         "configs/quickstart.yaml" in cli("run", "--help").stdout
@@ -60,7 +62,10 @@ def test_a_missing_config_and_a_foreign_folder(tiny, tmp_path):
     said_plainly(cli("run", tmp_path / "no.yaml"), "cannot read the config")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    said_plainly(cli("run", tiny, "--out", tmp_path / "full"), "not empty and is not a run folder")
+    said_plainly(
+        cli("run", tiny, "--out", tmp_path / "full", "--nproc", 1),
+        "not empty and is not a run folder",
+    )
     assert (tmp_path / "full" / "thesis.tex").exists()
     said_plainly(cli("status", tmp_path / "full"), "not a run folder")
     said_plainly(cli("verify", tmp_path / "full"), "nothing to verify")
@@ -152,9 +157,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, tm
         pytest.skip("needs root to mount a small tmpfs")
     try:
         command = ("train", "teacher", tiny, "--out", disk / "r", "--nproc", 1)
-        said_plainly(cli(*command), "no space left")
+        said_plainly(cli(*command), "of disk", "--force")
+        said_plainly(cli(*command, "--force"), "no space left")
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        done = cli(*command)
+        done = process(*command)
         assert done.returncode == 0, done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -179,7 +185,11 @@ def test_a_finished_command_does_nothing_again(finished):
 def test_what_scripts_rely_on(finished):
     _, run = finished
     results = json.loads((run / "results.json").read_text())
-    assert {r["set"] for r in results["rows"]} == {"distilled", "random"} and "summary" in results
+    assert {r["set"] for r in results["rows"]} == {
+        "distilled",
+        "random",
+        "plain",
+    } and "summary" in results
     for row in results["rows"]:
         assert (
             set(row)
@@ -244,28 +254,126 @@ def test_training_on_the_distilled_set_alone(finished, tmp_path):
     assert cli("verify", moved).returncode == 0
 
 
-def test_ablation_is_one_command(finished, tmp_path):
-    config, run = finished
-    done = cli(
-        "ablation",
-        config,
-        "--out",
-        tmp_path / "a",
-        "--store",
-        run.parent / "store",
-        "--nproc",
-        1,
-        "--set",
-        "evaluate.epochs=2",
-        "observer.epochs=2",
-        "teacher.epochs=2",
-    )
-    assert done.returncode == 0, done.stderr
-    table = (tmp_path / "a" / "ablation.md").read_text()
-    for variant_name in ("full method", "no debiasing", "no fair calibration", "no confident init"):
-        assert variant_name in table
-
-
 def test_the_readme_names_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     assert "make quickstart" in readme and "make test" in readme
+
+
+def test_more_ranks_than_the_machine_has(tiny, tmp_path):
+    """Nothing starts: not one of 500 processes."""
+    cores = len(os.sched_getaffinity(0))
+    begin = time.monotonic()
+    done = cli("run", tiny, "--out", tmp_path / "r", "--nproc", 500, "--set", "runtime.device=cpu")
+    said_plainly(done, "--nproc 500", f"{cores} cores", "--force")
+    assert time.monotonic() - begin < 60 and not list((tmp_path / "store").glob("*/*"))
+    done = cli("shard", tiny, "--out", tmp_path / "r", "--nproc", cores + 1)
+    assert done.returncode == 0 and f"warning: {cores + 1} ranks on {cores} cores" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["ipc=100000000"], ["disk", "lower ipc", "--force"]),
+        (["recover.batch_size=100000000", "ipc=10000000"], ["recover", "memory"]),
+        (["teacher.width=1000000"], ["teacher", "memory"]),
+    ],
+)
+def test_more_than_the_machine_has(tiny, tmp_path, sets, words):
+    done = cli("run", tiny, "--out", tmp_path / "r", "--nproc", 1, "--set", *sets)
+    said_plainly(done, *words)
+    assert not list((tmp_path / "store").glob("*/*"))
+
+
+def test_a_net_that_cannot_take_the_resolution(tiny, tmp_path):
+    """Known before anything starts, not after the experts."""
+    for key in ("evaluate.nets=[alexnet]", "observer.net=alexnet"):
+        done = cli("run", tiny, "--out", tmp_path / "r", "--nproc", 1, "--set", key)
+        said_plainly(done, "alexnet", "8 pixels")
+    assert not list((tmp_path / "store").glob("*/*"))
+
+
+def test_data_that_moved_and_data_that_changed(tmp_path):
+    """A moved set is the same set. A set that was changed in place is another one."""
+    for split, count in (("train", 12), ("test", 2)):
+        image_folder(tmp_path / "real", {"a": count, "b": count}, split)
+    path = variant(tmp_path, TINY, data={"source": "folder", "resolution": 8, "path": "PATH"})
+    path.write_text(path.read_text().replace("PATH", str(tmp_path / "real")))
+    where = ("--out", tmp_path / "r", "--nproc", 1)
+    assert cli("shard", path, *where).returncode == 0
+    before = folder_of(tmp_path / "r", "shard")
+    (tmp_path / "real").rename(tmp_path / "elsewhere")
+    done = cli("shard", path, *where, "--set", f"data.path={tmp_path / 'elsewhere'}")
+    assert done.returncode == 0 and "shard …" not in done.stdout, done.stdout
+    assert folder_of(tmp_path / "r", "shard") == before
+    assert "done" in cli("status", tmp_path / "r").stdout
+    image_folder(tmp_path / "elsewhere", {"a": 13}, "train", seed=1)
+    done = cli("shard", path, *where, "--set", f"data.path={tmp_path / 'elsewhere'}")
+    assert done.returncode == 0 and "shard …" in done.stdout, done.stdout
+    assert folder_of(tmp_path / "r", "shard") != before
+
+
+def test_what_was_resolved_stays(finished):
+    """The decoder is decided once, and the run folder says which it is."""
+    _, run = finished
+    record = json.loads((run / "run.json").read_text())
+    assert record["resolved"]["data.loader"] in ("dali", "torch") and record["source"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["loader"] == record["resolved"]["data.loader"]
+
+
+def test_status_for_programs(finished):
+    _, run = finished
+    said = json.loads(cli("status", run, "--json").stdout)
+    assert said["done"] and said["config"] == "tiny"
+    states = {line["name"]: line["state"] for line in said["stages"]}
+    assert set(states.values()) == {"done"} and {"shard", "recover", "students"} <= set(states)
+
+
+def test_status_is_quick(finished):
+    """It needs no torch: half a second, of which the interpreter takes a part."""
+    _, run = finished
+    program = "import sys; from ltdd_scale import cli; cli.main(sys.argv[1:]); "
+    program += "assert 'torch' not in sys.modules, 'status imports torch'"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status", str(run)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_of_what_has_none(tiny, tmp_path):
+    done = cli("calibrate", tiny, "--out", tmp_path / "r", "--nproc", 1, "--part", "0/2")
+    said_plainly(done, "calibrate cannot be done in parts", "recover and students")
+
+
+def test_training_logs_are_lines(finished):
+    """A line an epoch, written while training goes on."""
+    _, run = finished
+    lines = (folder_of(run, "observer") / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and all("loss" in json.loads(line) for line in lines)
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(finished):
+    config, run = finished
+    before = (run / "config.yaml").read_text()
+    said_plainly(cli("run", config, "--out", run, "--set", "ipc=100000000"), "disk")
+    said_plainly(cli("shard", config, "--out", run, "--part", "0/2"), "in parts")
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_data_that_is_away_hinders_nothing_that_does_not_read_it(tmp_path):
+    """The shards are there: a changed setting of a later stage does not ask for the images."""
+    for split, count in (("train", 24), ("test", 2)):
+        image_folder(tmp_path / "real", {"a": count, "b": count}, split)
+    path = variant(
+        tmp_path, TINY, data={"source": "folder", "resolution": 8, "path": str(tmp_path / "real")}
+    )
+    where = ("--out", tmp_path / "r", "--nproc", 1)
+    assert cli("shard", path, *where).returncode == 0
+    (tmp_path / "real").rename(tmp_path / "away")
+    done = cli("train", "teacher", path, *where, "--set", "teacher.epochs=2")
+    assert done.returncode == 0, done.stderr
+    changed = cli("shard", path, *where, "--set", "data.imbalance_factor=2")
+    said_plainly(changed, "data.path", "no such folder")

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
 
-from ltdd_scale import config
+from ltdd_scale.config import load
+from ltdd_scale.config.reference import reference
+from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
 
 
@@ -15,7 +16,7 @@ def write(tmp_path: Path, text: str, name: str = "a.yaml") -> Path:
 
 
 def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
-    c = config.load(
+    c = load.load(
         write(tmp_path, "teacher: {lr: 1e-3, weight_decay: 5E-4}\n"), ["recover.lr=2e-2", "ipc=50"]
     )
     assert (c.teacher.lr, c.teacher.weight_decay, c.recover.lr, c.ipc) == (1e-3, 5e-4, 2e-2, 50)
@@ -44,27 +45,31 @@ def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
         ("data: {imbalance_factor: 0.5}", ["data.imbalance_factor", "at least 1"]),
         ("evaluate: {split: val}", ["val_per_class"]),
         ("a: [", ["not valid YAML"]),
+        ("method: magic", ["method", "rldd"]),
+        ("relabel: {labels: magic}", ["relabel.labels", "online, stored, single, hard"]),
+        ("evaluate: {nets: []}", ["evaluate.nets"]),
+        ("strategies: {debias: false}", ["strategies.debias is called train.debias now"]),
     ],
 )
 def test_a_wrong_config_names_the_key(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
-        config.load(write(tmp_path, text))
+        load.load(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_base_is_laid_under(tmp_path):
     write(tmp_path, "ipc: 10\nrecover: {lr: 0.1, iterations: 7}\n", "base.yaml")
-    c = config.load(write(tmp_path, "base: base.yaml\nipc: 50\nrecover: {lr: 0.2}\n", "top.yaml"))
+    c = load.load(write(tmp_path, "base: base.yaml\nipc: 50\nrecover: {lr: 0.2}\n", "top.yaml"))
     assert (c.name, c.ipc, c.recover.lr, c.recover.iterations) == ("top", 50, 0.2, 7)
     write(tmp_path, "base: loop.yaml\n", "loop.yaml")
     with pytest.raises(UserError, match="leads back to itself"):
-        config.load(tmp_path / "loop.yaml")
+        load.load(tmp_path / "loop.yaml")
 
 
 def test_settings_without_effect_are_said(tmp_path):
-    c = config.load(write(tmp_path, "teacher: {net: resnet32, width: 64}\nrelabel: {topk: 5}\n"))
-    said = " ".join(config.check(c))
+    c = load.load(write(tmp_path, "teacher: {net: resnet32, width: 64}\nrelabel: {topk: 5}\n"))
+    said = " ".join(check(c))
     assert "teacher.width" in said and "relabel.topk" in said
 
 
@@ -72,13 +77,13 @@ def test_every_config_loads_and_survives_a_round_trip():
     found = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(found) >= 10
     for path in found:
-        c = config.load(path)
-        assert config.from_dict(yaml.safe_load(config.to_yaml(c))) == c
-        assert config.check(c) == []
+        c = load.load(path)
+        assert load.from_text(load.to_yaml(c)) == c
+        assert check(c) == []
 
 
 def test_the_reference_has_every_key():
-    text = config.reference()
+    text = reference()
 
     def walk(values, prefix=""):
         for key, value in values.items():
@@ -87,4 +92,15 @@ def test_the_reference_has_every_key():
             else:
                 assert f"{prefix}{key} = " in text
 
-    walk(config.to_dict(config.Config()))
+    walk(Config().model_dump())
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().ipc = 3
+
+
+def test_a_section_keeps_its_own_defaults(tmp_path):
+    """The observer's norm is batch, whatever else of it is set."""
+    c = load.load(write(tmp_path, "observer: {epochs: 3}\n"))
+    assert (c.observer.norm, c.teacher.norm, c.observer.epochs) == ("batch", "instance", 3)

@@ -1,14 +1,30 @@
+"""What an expert sees, how it is checked, and what it carries from step to step."""
+
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import cli
+from one_stage import one_stage
 
-from ltdd_scale.config import Expert
-from ltdd_scale.experts import batches, train
+from ltdd_scale.config.root import Config
+from ltdd_scale.errors import UserError
+from ltdd_scale.experts import batches, cost, state, train
+from ltdd_scale.experts.settings import Engine, Expert, Train
+from ltdd_scale.experts.stage import stage
+from ltdd_scale.models import flops
 from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.runtime.tensors import load
+from ltdd_scale.stage import Facts, settings_of
+
+CPU = torch.device("cpu")
+
+
+def given(role="observer", **sections):
+    """The settings of the stage `role`."""
+    config = Config(**sections)
+    return settings_of(stage(role, config), config)
 
 
 def test_warm_up_then_cosine():
@@ -18,44 +34,79 @@ def test_warm_up_then_cosine():
     assert train.learning_rate(Expert(lr=1.0, epochs=20), 0) == 1.0
 
 
-def test_labels_are_mixed_as_the_pictures_are():
-    """Uniform images are 1 and of class 0, re-sampled ones 0 and of class 1: the mean pixel is the share of class 0."""
+def test_labels_are_mixed_as_the_images_are():
+    """Uniform images are 1 and of class 0, re-sampled ones 0 and of class 1: the mean pixel is the
+    share of class 0."""
     for seed in range(20):
         ones, zeros = torch.ones(5, 3, 32, 32), torch.zeros(5, 3, 32, 32)
-        first, second = (
-            torch.tensor([[1.0, 0.0]]).repeat(5, 1),
-            torch.tensor([[0.0, 1.0]]).repeat(5, 1),
-        )
+        first = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
+        second = torch.tensor([[0.0, 1.0]]).repeat(5, 1)
         x, y = batches.mix([ones, ones, zeros, zeros], [first, second], rng(seed))
-        assert (
-            x.shape == (10, 3, 32, 32)
-            and torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5)
-            and torch.allclose(y.sum(1), torch.ones(10))
-        )
+        assert x.shape == (10, 3, 32, 32)
+        assert torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5)
+        assert torch.allclose(y.sum(1), torch.ones(10))
         assert len(torch.unique(x[0])) == 1 and len(torch.unique(x[5])) <= 2, (
             "MixUp blends, CutMix pastes"
         )
 
 
 class Held:
+    """37 images of two classes; a stream gives each image its own number as its colour."""
+
     labels, counts = np.repeat([0, 1], [30, 7]), np.asarray([30, 7])
     sizes = np.full((37, 2), 8)
+
+    def stream(self, plans, spec):
+        for indices, _ in plans:
+            yield torch.from_numpy(indices).float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255
+
+
+def course(rank=0, world=1, views=2):
+    spec = train.ViewSpec(8, None, 1)
+    return batches.Course(Held(), spec, "s", 11, 0.2, views, Ranks(rank, world, CPU, None))
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_see_the_parts_of_one_global_batch(world):
-    settings, spec = Expert(batch_size=11), train.ViewSpec(8, None, 1)
-    make = lambda rank, n: batches.EpochPlans(
-        settings, spec, Held, "s", 4, 1, 3, Ranks(rank, n, torch.device("cpu"), None), 2
-    )  # noqa: E731
-    whole, parts = make(0, 1), [make(r, world) for r in range(world)]
+    whole = batches.EpochPlans(course(), 4, 1)
+    parts = [batches.EpochPlans(course(r, world), 4, 1) for r in range(world)]
     assert len(whole) == 2 * 4
     for k, (indices, views) in enumerate(whole):
         assert np.concatenate([p[k][0] for p in parts]).tolist() == indices.tolist()
         assert np.array_equal(np.concatenate([p[k][1].windows for p in parts]), views.windows)
-    assert whole[0][0].tolist() == whole[1][0].tolist() and not np.array_equal(
-        whole[0][1].windows, whole[1][1].windows
-    ), "two views of the same images"
+    assert whole[0][0].tolist() == whole[1][0].tolist()
+    assert not np.array_equal(whole[0][1].windows, whole[1][1].windows), "two views of the images"
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_training_that_is_cut_sees_the_same_batches(views):
+    """3 steps an epoch, 3 epochs: from any step on, what follows is the same."""
+    sizes = {"normalize": lambda x: x - 0.5, "num_classes": 2}
+    whole = list(batches.from_step(course(views=views), 0, 9, **sizes))
+    assert [b.step for b in whole] == list(range(9))
+    assert [b.epoch for b in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [b.ends_epoch for b in whole] == [False, False, True] * 3
+    for begin in range(10):
+        rest = list(batches.from_step(course(views=views), begin, 9, **sizes))
+        assert len(rest) == 9 - begin
+        for ours, theirs in zip(rest, whole[begin:], strict=True):
+            assert torch.equal(ours.x, theirs.x) and torch.equal(ours.y, theirs.y)
+            assert ours.chosen.tolist() == theirs.chosen.tolist() and ours.step == theirs.step
+    first = whole[0]
+    assert first.x.shape == (11 * views, 3, 8, 8) and first.y.shape == (11 * views, 2)
+    if views == 1:
+        shown = (first.x[:, 0, 0, 0] + 0.5) * 255
+        assert np.allclose(shown, first.chosen, atol=1e-3)
+        assert first.y.argmax(1).tolist() == Held.labels[first.chosen].tolist()
+
+
+def test_micro_batches_share_out_all_views():
+    x, y = torch.arange(10.0)[:, None], torch.arange(10.0)[:, None] * 2
+    cut = batches.micro_batches(x, y, 2, 3)
+    assert [a[:, 0].tolist() for a, _, _ in cut] == [[0, 5], [1, 2, 6, 7], [3, 4, 8, 9]]
+    assert sum(share for _, _, share in cut) == pytest.approx(1)
+    assert all(torch.equal(a * 2, b) for a, b, _ in cut)
+    assert batches.micro_batches(x, y, 2, 1)[0][0] is x
 
 
 def test_own_state_after_a_change_of_world_size():
@@ -68,34 +119,88 @@ def test_own_state_after_a_change_of_world_size():
         for r in (2.0, 4.0)
     ]
     running = torch.zeros(3)
-    train._restore_own(model, running, own, Ranks(1, 2, torch.device("cpu"), None))
+    state.restore_own(model, running, own, Ranks(1, 2, CPU, None))
     assert model.running_mean.tolist() == [4, 4] and running.tolist() == [4, 4, 4]
-    train._restore_own(model, running, own, Ranks(0, 1, torch.device("cpu"), None))
+    state.restore_own(model, running, own, Ranks(0, 1, CPU, None))
     assert model.running_mean.tolist() == [3, 3] and running.tolist() == [6, 6, 6]
 
 
+def test_history_is_of_finished_epochs():
+    history, alone = state.History(CPU), Ranks(0, 1, CPU, None)
+    history.add(torch.tensor([1.0, 2.0, 3.0]))
+    history.add(torch.tensor([0.5, 0.5, 0.5]))
+    assert history.note == "" and history.epochs == []
+    history.close(0, alone)
+    assert history.epochs == [{"epoch": 0, "loss": 1.5, "debias": 2.5, "robust": 3.5}]
+    assert history.note == "loss 1.500" and history.running.tolist() == [0, 0, 0]
+
+
+def test_networks_that_cannot_serve_are_refused_before_anything_starts():
+    with pytest.raises(UserError, match="has no BatchNorm layer to align"):
+        train.check(given(observer=Expert(norm="instance")))
+    train.check(given("teacher", teacher=Expert(norm="instance")))
+    train.check(given())
+    with pytest.raises(UserError, match="alexnet cannot take images of 32 pixels"):
+        train.check(given("teacher", teacher=Expert(net="alexnet")))
+
+
+def test_the_options_of_deepspeed_must_be_there(tmp_path):
+    for content, words in (
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "holds no settings"),
+    ):
+        path = tmp_path / "options.json"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=f"train.deepspeed: .*{words}"):
+            given(train=Train(engine="deepspeed", deepspeed=str(path)))
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    found = given(train=Train(engine="deepspeed", deepspeed=str(path)))
+    assert found.deepspeed == {"zero_optimization": {"stage": 2}}
+    assert given().deepspeed == {}, "DDP does not read the file"
+
+
+def test_cost_of_an_expert():
+    """FLOPs: epochs · images · views · (forward + 2 forwards). A micro-batch keeps less."""
+    facts, expert = Facts((80, 20)), Expert(net="convnet3", width=8, epochs=7, batch_size=10)
+    net = ("convnet3", 8, "instance", 32)
+    both = cost.cost(given("teacher", teacher=expert), facts)
+    assert both.flops == 7 * 100 * 2 * 3 * flops.forward(*net)
+    plain = cost.cost(given("teacher", teacher=expert, train=Train(debias=False)), facts)
+    assert plain.flops == both.flops / 2
+    micro = cost.cost(given("teacher", teacher=expert, train=Train(micro_batch=4)), facts)
+    assert both.batch == 10 * 2 * flops.activations(*net) and both.activations == 0
+    assert micro.activations == 4 * 2 * flops.activations(*net) and micro.batch == 0
+    assert both.disk > 7 * 4 * flops.parameters(*net)
+
+
+def test_settings_of_an_expert_are_those_that_it_reads():
+    """The name of DeepSpeed's file is no part of them: what it says is."""
+    settings = given()
+    assert isinstance(settings.train, Engine) and not hasattr(settings.train, "deepspeed")
+    with pytest.raises(AttributeError, match="does not read 'ipc'"):
+        _ = settings.ipc
+
+
+@pytest.mark.slow
 def test_another_world_size_resumes_a_training(tmp_path, tiny):
     """Killed on two ranks, finished on one: the checkpoint of the one world serves the other."""
+    shard, out = tmp_path / "shard", tmp_path / "observer"
+    assert one_stage("shard", tiny, shard).returncode == 0
     env = {
         "PYTHONPATH": str(Path(__file__).parent / "faults"),
-        "LTDD_FAULT": "replace::20:KILL:me",
+        "LTDD_FAULT": "replace:step-:20:KILL:me",
         "LTDD_FAULT_RANK": "0",
         "LTDD_FAULT_MARK": str(tmp_path / "killed"),
     }
-    command = ("train", "observer", tiny, "--out", tmp_path / "r")
-    hurt = cli(
-        *command,
-        "--nproc",
-        2,
-        "--max-restarts",
-        0,
-        "--set",
-        "runtime.checkpoint_seconds=0",
-        "observer.epochs=12",
-        env=env,
-    )
+    sets = ["observer.epochs=12", "runtime.checkpoint_seconds=0"]
+    inputs = {"shard": shard}
+    hurt = one_stage("observer", tiny, out, 2, sets, inputs, env)
     assert (tmp_path / "killed").exists() and hurt.returncode == 137, hurt.stderr
-    done = cli(*command, "--nproc", 1, "--set", "observer.epochs=12")
+    done = one_stage("observer", tiny, out, 1, sets, inputs)
     assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
-    (weights,) = (tmp_path / "store" / "experts").glob("*/weights.pt")
-    assert all(torch.isfinite(v).all() for v in load(weights)["model"].values())
+    assert all(torch.isfinite(v).all() for v in load(out / "weights.pt")["model"].values())
+    history = json.loads((out / "log.json").read_text())
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert len(history) == 12 and [json.loads(line) for line in lines] == history

@@ -1,14 +1,19 @@
 import json
 
+import pytest
 from conftest import TINY, cli
 
-from ltdd_scale import config, graph
+from ltdd_scale import recipe
+from ltdd_scale.config import load
+from ltdd_scale.errors import UserError
+from ltdd_scale.pipeline import graph, store
 
 
-def nodes(tmp_path, *sets):
+def nodes(tmp_path, *sets, source="x"):
     path = tmp_path / "a.yaml"
     path.write_text(TINY)
-    return graph.graph(config.load(path, sets))
+    config = load.load(path, sets)
+    return graph.build(recipe.stages(config, source), config)
 
 
 def differ(a, b):
@@ -43,16 +48,14 @@ def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
     }
     assert differ(base, nodes(tmp_path, "data.split_seed=1")) == set(graph_names(base))
     assert differ(base, nodes(tmp_path, "runtime.threads=2", "runtime.workers=1")) == set()
-    assert differ(base, nodes(tmp_path, "strategies.debias=false")) == set(graph_names(base)) - {
-        "shard"
-    }
-    assert differ(base, nodes(tmp_path, "strategies.calibrate=false")) == {
+    assert differ(base, nodes(tmp_path, "train.debias=false")) == set(graph_names(base)) - {"shard"}
+    assert differ(base, nodes(tmp_path, "calibrate.fair=false")) == {
         "calibrate",
         "recover",
         "relabel",
         "evaluate",
     }
-    assert differ(base, nodes(tmp_path, "strategies.confident_init=false")) == {
+    assert differ(base, nodes(tmp_path, "initialize.confident=false")) == {
         "initialize",
         "recover",
         "relabel",
@@ -72,7 +75,7 @@ def test_every_student_has_its_own_folder(tmp_path):
         "evaluate.full_epochs=2",
         "evaluate.nets=[convnet3,resnet32]",
     )
-    assert len({(n.stage, n.fingerprint) for n in found.values()}) == len(found) > 70
+    assert len({(n.kind, n.fingerprint) for n in found.values()}) == len(found) > 70
 
 
 def test_more_seeds_keep_the_students_that_are_there(tmp_path):
@@ -110,19 +113,19 @@ def test_complete_means_there_and_true(finished):
     _, run = finished
     record = json.loads((run / "run.json").read_text())
     folder = run.parent / "store" / record["stages"]["teacher"]
-    saved = graph.complete(folder)
+    saved = store.complete(folder)
     assert (
         saved["stage"] == "experts"
-        and set(saved["files"]) == {"weights.pt", "log.json"}
-        and graph.damage(folder) == []
+        and set(saved["files"]) == {"weights.pt", "log.json", "log.jsonl"}
+        and store.damage(folder) == []
     )
 
 
 def test_status_tells_done_stale_and_missing(finished, tmp_path):
     config_file, run = finished
     assert "everything is done" in cli("status", run).stdout
-    store = run.parent / "store"
-    done = cli("initialize", config_file, "--out", tmp_path / "r", "--store", store, "--nproc", 1)
+    shared = run.parent / "store"
+    done = cli("initialize", config_file, "--out", tmp_path / "r", "--store", shared, "--nproc", 1)
     assert done.returncode == 0
     said = cli("status", tmp_path / "r").stdout
     assert said.count(" done ") >= 8, "all stages are in the shared store"
@@ -132,7 +135,7 @@ def test_status_tells_done_stale_and_missing(finished, tmp_path):
         "--out",
         tmp_path / "r",
         "--store",
-        store,
+        shared,
         "--nproc",
         1,
         "--set",
@@ -149,3 +152,55 @@ def test_status_tells_done_stale_and_missing(finished, tmp_path):
         and said["initialize"] == "stale"
         and said["recover"] == "missing"
     ), said
+
+
+def test_the_source_counts_and_not_where_it_lies(tmp_path):
+    base = nodes(tmp_path)
+    assert differ(base, nodes(tmp_path, source="y")) == set(graph_names(base))
+    assert differ(base, nodes(tmp_path, "data.path=/elsewhere")) == set()
+
+
+def test_the_decoder_is_hashed(tmp_path):
+    base = nodes(tmp_path, "data.loader=torch")
+    changed = differ(base, nodes(tmp_path, "data.loader=dali"))
+    assert changed == set(graph_names(base)) - {"shard"}
+
+
+def test_a_stage_cannot_read_what_is_not_hashed(tmp_path):
+    settings = nodes(tmp_path)["recover"].settings
+    assert settings.recover.iterations == 12 and settings.ipc == 4
+    with pytest.raises(AttributeError, match="recover does not read 'evaluate'"):
+        _ = settings.evaluate
+    with pytest.raises(AttributeError, match="frozen"):
+        settings.ipc = 5
+
+
+def test_labels_that_need_no_teacher_train_none(tmp_path):
+    """With hard labels only the method itself may ask for experts."""
+    found = nodes(
+        tmp_path, "relabel.labels=hard", "initialize.confident=false", "recover.teacher_ce=0"
+    )
+    assert "teacher" not in found and "observer" in found
+    found = nodes(tmp_path, "relabel.labels=hard")
+    assert "teacher" in found
+    students = [n for name, n in found.items() if name.startswith("student/")]
+    assert all("teacher" not in s.stage.inputs for s in students)
+
+
+def test_students_have_their_own_net(tmp_path):
+    base = nodes(tmp_path)
+    other = nodes(tmp_path, "evaluate.width=16")
+    assert differ(base, other) == {"evaluate"}
+    assert differ(base, nodes(tmp_path, "teacher.width=16")) >= {"teacher", "initialize"}
+
+
+def test_parts_are_for_stages_that_have_them(tmp_path):
+    found = nodes(tmp_path)
+    graph.check_part(found, ["recover"], (0, 2))
+    graph.check_part(found, graph.goals(found, ["students"]), (0, 2))
+    with pytest.raises(
+        UserError, match="calibrate cannot be done in parts, only recover and students"
+    ):
+        graph.check_part(found, ["calibrate"], (0, 2))
+    with pytest.raises(UserError, match="no stage 'match'"):
+        graph.goals(found, ["match"])

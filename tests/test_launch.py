@@ -7,12 +7,13 @@ from conftest import ROOT
 
 PROGRAM = """
 import os, sys, time, signal, types
-from ltdd_scale.launch import local
+from ltdd_scale.launch import run
+from ltdd_scale.request import Request
 import subprocess
 what = sys.argv[1]
 real = subprocess.Popen
 subprocess.Popen = lambda command, **kw: real([sys.executable, "-c", {child!r}, what], **kw)
-sys.exit(local.run_ranks(2, [], auto=False, max_restarts=1))
+sys.exit(run.run_ranks(2, Request("", (), "", "", ""), max_restarts=1))
 """
 CHILD = """
 import os, sys, time, signal

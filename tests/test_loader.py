@@ -11,30 +11,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ltdd_scale.config import Config, Data, Expert
-from ltdd_scale.data import dali, loader, shards, sources
+from ltdd_scale.data import backend, dali, loader, sharding, sources
 from ltdd_scale.data.augment import ViewSpec, centre_boxes, pixel_boxes
+from ltdd_scale.data.images import MemoryImages
+from ltdd_scale.data.settings import Data, Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.streamed import StreamedImages
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.batches import EpochPlans
+from ltdd_scale.experts.batches import Course, EpochPlans
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 CPU = torch.device("cpu")
-needs_dali = pytest.mark.skipif(not dali.is_installed(), reason="nvidia-dali is not installed")
+needs_dali = pytest.mark.skipif(
+    not backend.dali_is_installed(), reason="nvidia-dali is not installed"
+)
 
 
 def write(folder, root):
     folder.mkdir()
-    shards.write(
-        folder,
-        "set",
-        sources.open_source(Data(source="folder", path=str(root), profile="full")),
-        5,
-        0,
-        1,
-        quiet=True,
-    )
+    data = Data(source="folder", path=str(root), profile="full", shard_images=5)
+    sharding.write(folder, "set", sources.open_source(data), data, 1)
     return ShardSplit(folder, "train")
 
 
@@ -73,15 +69,15 @@ def plans(spec, sizes, parts=4):
     ]
 
 
-def config(**data) -> Config:
-    return Config(data=Data(resolution=24, **data))
+def seen(**settings) -> Seen:
+    return Seen(resolution=24, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_and_held_images_are_the_same(split, workers):
-    held = loader.open_images(split, config(), CPU)
+    held = loader.open_images(split, seen(), CPU, 4)
     streamed = StreamedImages(split, 24, CPU, workers)
-    assert isinstance(held, loader.MemoryImages)
+    assert isinstance(held, MemoryImages)
     for spec in (
         ViewSpec(24, None, 4),
         ViewSpec(24, (0.3, 1.0)),
@@ -96,17 +92,39 @@ def test_streamed_and_held_images_are_the_same(split, workers):
         assert torch.equal(a, b)
 
 
-def test_the_backend_is_the_one_asked_for_or_that_fits(split):
-    assert isinstance(
-        loader.open_images(split, config(memory_gb=0, loader="torch"), CPU), StreamedImages
+def test_the_backend_is_the_one_asked_for_where_the_set_does_not_fit(split, monkeypatch):
+    large = {"memory_gb": 0}
+    fits = seen(memory_gb=len(split) * 3 * 24**2 / 2**30)
+    assert backend.fits_memory(split, fits) and isinstance(
+        loader.open_images(split, fits, CPU, 0), MemoryImages
     )
-    assert loader.backend(split, config()) == "torch"  # a set that fits in memory, looked at once
-    if dali.is_installed():
-        assert isinstance(loader.open_images(split, config(memory_gb=0), CPU), dali.DaliImages)
-        assert loader.backend(split, config(loader="dali")) == "dali"
-    else:
-        with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
-            loader.stream_images(split, config(loader="dali"), CPU)
+    assert not backend.fits_memory(split, seen(memory_gb=fits.memory_gb * 0.999))
+    for installed in (True, False):
+        monkeypatch.setattr(backend, "dali_is_installed", lambda found=installed: found)
+        auto = "dali" if installed else "torch"
+        assert backend.resolve_loader(seen()) == backend.backend(split, seen(**large)) == auto
+        assert backend.resolve_loader(seen(loader="torch")) == "torch"
+        assert backend.backend(split, seen()) == "torch", "a set that fits is looked at once"
+        assert isinstance(
+            loader.open_images(split, seen(loader="torch", **large), CPU, 0), StreamedImages
+        )
+    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
+        loader.stream_images(split, seen(loader="dali", **large), CPU, 0)
+    # A set that fits needs no DALI, whatever was resolved where the run began.
+    assert isinstance(loader.stream_images(split, seen(loader="dali"), CPU, 0), StreamedImages)
+
+
+@needs_dali
+def test_dali_is_opened(split):
+    for asked in (seen(memory_gb=0), seen(memory_gb=0, loader="dali")):
+        assert isinstance(loader.open_images(split, asked, CPU, 1), dali.DaliImages)
+    assert isinstance(loader.stream_images(split, seen(loader="dali"), CPU, 1), StreamedImages)
+
+
+def test_images_are_normalised_by_the_training_images(split):
+    x = torch.rand(2, 3, 4, 4)
+    m, s = (torch.tensor(v).view(3, 1, 1) for v in (split.mean, split.std))
+    assert torch.equal(loader.prepare(split, CPU)(x), (x - m) / s)
 
 
 @needs_dali
@@ -197,17 +215,11 @@ def test_every_rank_and_every_resume_see_the_same_epoch(n, batch, world, data):
     batch, images, spec = min(batch, n), Sizes(n), ViewSpec(8, (0.5, 1.0))
     steps = n // batch
     cut = data.draw(st.integers(0, steps))
-    make = lambda first, rank, world: EpochPlans(
-        Expert(batch_size=batch),
-        spec,
-        images,
-        "s",
-        1,
-        first,
-        steps,
-        Ranks(rank, world, CPU, None),
-        2,
-    )  # noqa: E731
+
+    def make(first, rank, world_size):
+        course = Course(images, spec, "s", batch, 0.2, 2, Ranks(rank, world_size, CPU, None))
+        return EpochPlans(course, 1, first)
+
     alone, parts = make(0, 0, 1), [make(0, r, world) for r in range(world)]
     seen = np.concatenate([alone[k][0] for k in range(0, len(alone), 4)])
     assert len(set(seen)) == len(seen) == steps * batch and len(alone) == 4 * steps
@@ -279,17 +291,8 @@ def test_an_image_that_stopped_decoding_is_named(split, backend):
 def test_training_goes_the_same_way_with_either_decoder(photographs, tmp_path):
     """What reaches the network is alike enough: mean pixels of an epoch's batches agree."""
     spec = ViewSpec(48, (0.3, 1.0))
-    todo = EpochPlans(
-        Expert(batch_size=8),
-        spec,
-        StreamedImages(photographs, 48, CPU, 0),
-        "s",
-        0,
-        0,
-        3,
-        Ranks(0, 1, CPU, None),
-        2,
-    )
+    images, alone = StreamedImages(photographs, 48, CPU, 0), Ranks(0, 1, CPU, None)
+    todo = EpochPlans(Course(images, spec, "s", 8, 0.2, 2, alone), 0, 0)
     means = [
         [float(x.mean()) for x in kind.stream(todo, spec)]
         for kind in (

@@ -48,3 +48,20 @@ def test_robust_is_minus_the_cosine_of_the_other_view_without_its_gradient():
     assert math.isclose(float(loss.detach()), expected, rel_tol=1e-5)
     loss.backward()
     assert z.grad is None and p.grad is not None
+
+
+def test_the_objective_weighs_its_terms():
+    torch.manual_seed(0)
+    plain, rebalanced = torch.randn(6, 4), torch.randn(6, 4)
+    z, p, y = torch.randn(6, 8), torch.randn(6, 8), torch.rand(6, 4).softmax(1)
+    weights = torch.rand(4)
+    loss, biased, contrast = losses.Objective(True, 3.0, 0.5, weights)(
+        (plain, rebalanced, z, p), y, 0.4
+    )
+    assert torch.equal(biased, losses.debias(plain, rebalanced, y, weights, 0.4))
+    assert torch.equal(contrast, losses.robust(p, z))
+    assert float(loss) == pytest.approx(float(6 * biased + contrast / 2))
+    without = losses.Objective(True, 3.0, 0.5, weights)((plain, rebalanced, None, None), y, 0.4)
+    assert float(without[0]) == pytest.approx(float(6 * biased)) and without[2] == 0
+    alone = losses.Objective(False, 3.0, 0.5, weights)((plain, rebalanced, None, None), y, 0.4)
+    assert torch.equal(alone[0], losses.soft_cross_entropy(rebalanced, y)) and alone[2] == 0

@@ -1,9 +1,14 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.errors import UserError
-from ltdd_scale.models import registry
+from ltdd_scale.models import flops, frozen, registry
+from ltdd_scale.runtime.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,9 @@ def test_unknown_and_too_small():
 
 
 def test_weights_depend_on_the_key_alone():
-    build = lambda: registry.backbone("convnet3", 4, "batch", 8)  # noqa: E731
+    def build():
+        return registry.backbone("convnet3", 4, "batch", 8)
+
     torch.manual_seed(1)
     a = registry.seeded(build, "x", 0)
     torch.manual_seed(2)
@@ -69,12 +76,122 @@ def test_weights_depend_on_the_key_alone():
     assert torch.equal(a[0].weight, b[0].weight) and not torch.equal(a[0].weight, c[0].weight)
 
 
-def test_the_saved_recipe_builds_the_same_network():
-    recipe = registry.Network.describe("convnet3", 4, "batch", 8, 5)
-    model = registry.TwoHeads(registry.backbone("convnet3", 4, "batch", 8), 5, 8).eval()
-    again = registry.Network.build(recipe, model.state_dict())
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(model(x), again(x)) and not any(p.requires_grad for p in again.parameters())
+def frozen_expert(folder, name="convnet3", norm="batch"):
+    made_of = frozen.recipe(name, 4, norm, 8, 5)
+    model = registry.TwoHeads(registry.backbone(name, 4, norm, 8), 5, 8).eval()
+    frozen.save(folder / "weights.pt", made_of, model)
+    return model, frozen.load(folder / "weights.pt", ALONE)
+
+
+def test_a_saved_network_is_the_same_function_and_frozen(tmp_path):
+    model, again = frozen_expert(tmp_path)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    plain, rebalanced, _, _ = model.heads(x)
+    assert torch.equal(again.logits(x), rebalanced) and torch.equal(again.plain_logits(x), plain)
+    assert not again.logits(x).requires_grad and not again.model.training
+    assert not any(p.requires_grad for p in again.model.parameters())
+    assert not hasattr(again.model, "projector") and not again.any_size
+    assert again.recipe == {
+        "net": "convnet3",
+        "width": 4,
+        "norm": "batch",
+        "resolution": 8,
+        "num_classes": 5,
+    }
+    shown = frozen.forward(again.model, x, ALONE)
+    shown.sum().backward()
+    assert torch.equal(shown, rebalanced) and x.grad.abs().sum() > 0, "gradients reach the images"
+
+
+def test_a_student_can_be_loaded_too_and_saves_to_the_same_bytes(tmp_path):
+    model = registry.Student(registry.backbone("resnet32", 0, "", 8), 5).eval()
+    made_of = frozen.recipe("resnet32", 0, "", 8, 5)
+    for name in "ab":
+        frozen.save(tmp_path / name, made_of, model)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    again, x = frozen.load(tmp_path / "a", ALONE), torch.randn(2, 3, 8, 8)
+    assert torch.equal(again.logits(x), model(x)) and torch.equal(again.plain_logits(x), model(x))
+    assert again.any_size
+
+
+def test_autocast_gives_float32_logits(tmp_path):
+    _, exact = frozen_expert(tmp_path)
+    half = frozen.load(tmp_path / "weights.pt", Ranks(0, 1, torch.device("cpu"), torch.bfloat16))
+    x = torch.randn(4, 3, 8, 8)
+    ours, theirs = half.logits(x), exact.logits(x)
+    assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+    assert torch.allclose(ours, theirs, atol=0.1)
+
+
+def test_predict_shows_every_image_once(tmp_path):
+    model, network = frozen_expert(tmp_path)
+    pixels = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    images = MemoryImages(pixels, np.zeros(7, np.int64), torch.device("cpu"))
+
+    def normalize(x):
+        return x - 0.5
+
+    plain, wanted, _, _ = model.heads(pixels.float() / 255 - 0.5)
+    for shown, expected in ((network, wanted), (model, wanted), (network.plain_logits, plain)):
+        logits = frozen.predict(shown, images, normalize, ALONE, batch=3)
+        assert not logits.requires_grad
+        assert logits.shape == (7, 5) and torch.allclose(logits, expected, atol=1e-6)
+
+
+def test_a_damaged_network_is_refused(tmp_path):
+    frozen_expert(tmp_path)
+    path = tmp_path / "weights.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged"):
+        frozen.load(path, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("alexnet", 32, "alexnet cannot take images of 32 pixels: .* raise data.resolution"),
+        ("vit_b_16", 64, "vit_b_16 cannot take images of 64 pixels"),
+        ("convnet4", 8, "at least 16 pixels"),
+        ("squeezenet1_0", 224, "does not end in a linear layer"),
+        ("resnet51", 32, "unknown net"),
+    ],
+)
+def test_a_net_that_cannot_take_the_images_is_told_in_one_line(name, size, words):
+    for _ in range(2):  # the second answer is remembered
+        with pytest.raises(UserError, match=words) as caught:
+            registry.check(name, 8, "batch", size)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("convnet3", 64), ("resnet18_cifar", 64), ("regnet_x_400mf", 64), ("vit_b_16", 224)],
+)
+def test_nets_are_checked_without_data(name, size):
+    """The draws of other networks are not disturbed, and no weights are made."""
+    before = torch.get_rng_state()
+    registry.check(name, 8, "batch", size)
+    assert torch.equal(torch.get_rng_state(), before)
+    with registry.on_meta(name):
+        model = registry.backbone(name, 8, "batch", size)
+    assert all(v.device.type == "meta" for v in model.state_dict().values())
+    real = registry.backbone("convnet3", 8, "batch", 64)
+    assert all(v.device.type == "cpu" for v in real.state_dict().values())
+
+
+def test_flops_of_known_networks():
+    """torchvision's documentation: ResNet-50 has 4.09 GFLOPS (multiply-adds) and 25.6 M weights."""
+    assert flops.forward("resnet50", 0, "", 224) == pytest.approx(2 * 4.09e9, rel=2e-3)
+    assert flops.parameters("resnet50", 0, "", 224) + 2049 * 1000 == 25_557_032
+    assert flops.features("resnet50", 0, "", 224) == 2048
+    assert flops.norm_layers("resnet50", 0, "", 224) == 53
+    assert flops.norm_layers("convnet3", 8, "instance", 32) == 0
+
+
+def test_activations_of_a_convnet():
+    """Convolution, norm, ReLU [8, R, R], then the average pooling [8, R/2, R/2]; the flat output."""
+    expected = sum(3 * 8 * side**2 + 8 * side**2 / 4 for side in (32, 16, 8)) + 8 * 4 * 4
+    assert flops.activations("convnet3", 8, "batch", 32) == 4 * expected
 
 
 def test_the_average_follows():

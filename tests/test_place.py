@@ -10,43 +10,78 @@ STEP = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_LOCALID": "1",
 }
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}  # a batch script: no step
 
 
-def test_nobody_started_us():
-    assert place.adopt({}) is False
-    assert (
-        place.adopt({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is False
-    )  # a batch script: no step
-    assert place.adopt({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is False  # srun --pty bash
+@pytest.fixture
+def env(monkeypatch):
+    """Sets the environment of this process, which knows nothing of its place yet."""
+    monkeypatch.setattr(place, "_here", None)
+    for name in (*STEP, *place.TORCHRUN, place.RENDEZVOUS, "MASTER_ADDR", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda values: [monkeypatch.setenv(k, v) for k, v in values.items()]
+
+
+@pytest.mark.parametrize("values", [{}, BATCH, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}])
+def test_nobody_started_us(values):
+    found = place.read(values)
+    assert not found.launched and not found.in_step and (found.rank, found.world_size) == (0, 1)
+    assert found.in_slurm == bool(values)
 
 
 def test_a_slurm_step_is_taken_for_ranks():
-    env = dict(STEP)
-    assert place.adopt(env) and (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == (
-        "3",
-        "4",
-        "1",
-    )
+    found = place.read(STEP)
+    assert found.launched and found.in_step and not found.is_main
+    assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
 
 
 def test_torchrun_in_a_slurm_step_wins():
     env = {**STEP, "RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
-    assert place.adopt(env) and env["WORLD_SIZE"] == "8"
+    assert place.read(env).world_size == 8
+    # With an address they meet there, and not by a note in a shared folder.
+    assert not place.read({**env, "MASTER_ADDR": "node1"}).in_step
+    alone = place.read({**env, place.RENDEZVOUS: "file:///tmp/x"})
+    assert alone.rendezvous == "file:///tmp/x" and not alone.in_step
 
 
 @pytest.mark.parametrize("lacking", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"])
 def test_a_half_set_step_is_refused(lacking):
     with pytest.raises(UserError, match=f"but not {lacking}: start with srun"):
-        place.adopt({k: v for k, v in STEP.items() if k != lacking})
+        place.read({k: v for k, v in STEP.items() if k != lacking})
 
 
 def test_half_of_torchrun_is_refused_in_a_step_too():
     with pytest.raises(UserError, match="has RANK but not WORLD_SIZE, LOCAL_RANK"):
-        place.adopt({**STEP, "RANK": "0"})
+        place.read({**STEP, "RANK": "0"})
 
 
 def test_attempts_have_names_of_their_own():
-    assert (
-        place.attempt(STEP) == "7.0.0"
-        and place.attempt({**STEP, "SLURM_RESTART_COUNT": "2"}) == "7.0.2"
-    )
+    again = {**STEP, "SLURM_RESTART_COUNT": "2"}
+    assert place.read(STEP).step == "7.0.0" and place.read(again).step == "7.0.2"
+    assert (place.read(STEP).attempt, place.read(again).attempt) == (0, 2)
+
+
+def test_elements_of_an_array_are_jobs_of_their_own():
+    element = {**STEP, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    assert place.read(element).job == "5_3" and place.read(STEP).job == "7"
+
+
+def test_the_environment_is_read_once(env):
+    env(STEP)
+    assert place.here().rank == 3
+    env({"SLURM_PROCID": "1"})
+    assert place.here().rank == 3
+
+
+def test_one_task_is_one_rank_and_no_launcher(env):
+    """A job of one task is a rank, not a machine on which ranks are to be started."""
+    env({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert not place.read(STEP | {"SLURM_STEP_NUM_TASKS": "1"}).launched
+    here = place.become_task()
+    assert here.launched and here.is_main and here.world_size == 1 and place.here() is here
+
+
+def test_a_task_does_not_meet_where_its_submitter_met(env):
+    env({**STEP, "MASTER_ADDR": "elsewhere", place.RENDEZVOUS: "file:///tmp/x"})
+    here = place.become_task()
+    assert here.in_step and here.rendezvous == "" and (here.rank, here.world_size) == (3, 4)

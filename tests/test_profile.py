@@ -3,8 +3,8 @@ import sys
 
 from conftest import ROOT, cli, image_folder, said_plainly
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import profile, shards, sources
+from ltdd_scale.data import profile, sharding, sources
+from ltdd_scale.data.settings import Data
 
 
 def test_the_plot_falls_with_the_counts():
@@ -28,15 +28,8 @@ def test_inspect_shows_a_set_and_a_run(tmp_path, finished):
     image_folder(tmp_path / "real", {"cat": 1, "dog": 2}, "test", size=9)
     (tmp_path / "real" / "train" / "dog" / "torn.png").write_bytes(b"x")
     (tmp_path / "s").mkdir()
-    shards.write(
-        tmp_path / "s",
-        "pets",
-        sources.open_source(Data(source="folder", path=str(tmp_path / "real"), profile="full")),
-        8,
-        0,
-        1,
-        quiet=True,
-    )
+    data = Data(source="folder", path=str(tmp_path / "real"), profile="full", shard_images=8)
+    sharding.write(tmp_path / "s", "pets", sources.open_source(data), data, 1)
     done = cli("inspect", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     for words in (

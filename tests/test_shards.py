@@ -1,17 +1,24 @@
 import gc
 import io
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from conftest import image_folder
 from PIL import Image
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import shards, sources
+from ltdd_scale.data import digest, sharding, shards, sources
+from ltdd_scale.data.settings import Chosen, Data, Location
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data.stage import stage as record
 from ltdd_scale.errors import UserError
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.progress import Progress
+from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.stage import Facts, settings_of
 
 
 @pytest.fixture
@@ -23,18 +30,18 @@ def source(tmp_path):
     )
 
 
-def written(folder, source, workers=1, **kwargs):
+def silent(title, total, unit):
+    return Progress(title, total, unit, quiet=True)
+
+
+def write(folder, source, workers=1, **chosen):
+    stored = Chosen(**{"shard_images": 5, **chosen})
+    return sharding.write(folder, "set", source, stored, workers, silent)
+
+
+def written(folder, source, workers=1, **chosen):
     folder.mkdir()
-    return shards.write(
-        folder,
-        "set",
-        source,
-        kwargs.pop("shard_images", 5),
-        kwargs.pop("store_resolution", 0),
-        workers,
-        quiet=True,
-        **kwargs,
-    )
+    return write(folder, source, workers, **chosen)
 
 
 def contents(folder):
@@ -51,7 +58,7 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path, source):
 
 def test_an_interrupted_write_goes_on_where_it_was(tmp_path, source, monkeypatch):
     written(tmp_path / "whole", source())
-    folder, real, calls = tmp_path / "cut", shards._write_shard, []
+    folder, real, calls = tmp_path / "cut", sharding._write_shard, []
 
     def dies(path, *args):
         if len(calls) == 2:
@@ -59,14 +66,14 @@ def test_an_interrupted_write_goes_on_where_it_was(tmp_path, source, monkeypatch
         calls.append(path)
         return real(path, *args)
 
-    monkeypatch.setattr(shards, "_write_shard", dies)
+    monkeypatch.setattr(sharding, "_write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         written(folder, source())
     calls.clear()
     monkeypatch.setattr(
-        shards, "_write_shard", lambda path, *args: calls.append(path) or real(path, *args)
+        sharding, "_write_shard", lambda path, *args: calls.append(path) or real(path, *args)
     )
-    shards.write(folder, "set", source(), 5, 0, 1, quiet=True)
+    write(folder, source())
     assert len(calls) == 4, "two of six shards were there already"
     assert contents(folder) == contents(tmp_path / "whole")
 
@@ -217,7 +224,7 @@ def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
 
 
 def test_stored_as_jpeg_of_a_quality(tmp_path, source):
-    manifest = written(tmp_path / "s", source(), store_resolution=6, quality=70)
+    manifest = written(tmp_path / "s", source(), store_resolution=6, store_quality=70)
     split = ShardSplit(tmp_path / "s", "train")
     assert (
         manifest["stored"] == {"side": 6, "jpeg_quality": 70}
@@ -229,23 +236,23 @@ def test_a_set_that_lies_elsewhere_is_taken_as_it_is(tmp_path, source):
     (tmp_path / "taken").mkdir()
     before = written(tmp_path / "s", source())
     assert (
-        shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True) == before
+        sharding.adopt(tmp_path / "s", tmp_path / "taken", quiet=True) == before
         and shards.verify(tmp_path / "taken") == []
     )
     first, second = ShardSplit(tmp_path / "s", "train"), ShardSplit(tmp_path / "taken", "train")
     assert first.encoded(3) == second.encoded(3) and first.names == second.names
     (tmp_path / "s" / "set-train-000000.idx").write_text("v1.2 0\n")
     with pytest.raises(UserError, match="hash does not match"):
-        shards.adopt(tmp_path / "s", tmp_path / "taken", quiet=True)
+        sharding.adopt(tmp_path / "s", tmp_path / "taken", quiet=True)
     with pytest.raises(UserError, match="no shard set in"):
-        shards.adopt(tmp_path, tmp_path / "taken", quiet=True)
+        sharding.adopt(tmp_path, tmp_path / "taken", quiet=True)
 
 
 def test_parts_of_other_settings_are_not_taken_over(tmp_path, source, monkeypatch):
     """A tool's folder, interrupted after a shard and written again with other sizes."""
-    folder, real = tmp_path / "s", shards._write_shard
+    folder, real = tmp_path / "s", sharding._write_shard
     monkeypatch.setattr(
-        shards,
+        sharding,
         "_write_shard",
         lambda path, first, *args: (
             (_ for _ in ()).throw(KeyboardInterrupt) if first else real(path, first, *args)
@@ -253,14 +260,88 @@ def test_parts_of_other_settings_are_not_taken_over(tmp_path, source, monkeypatc
     )
     with pytest.raises(KeyboardInterrupt):
         written(folder, source(), shard_images=5)
-    monkeypatch.setattr(shards, "_write_shard", real)
-    manifest = shards.write(folder, "set", source(), 4, 0, 1, quiet=True)
+    monkeypatch.setattr(sharding, "_write_shard", real)
+    manifest = write(folder, source(), shard_images=4)
     assert (
         manifest["splits"]["train"]["num_images"] == 16
         and contents(folder)["manifest.json"] == contents_of_new(tmp_path, source)["manifest.json"]
     )
 
 
+@pytest.mark.parametrize("change", ["labels", "names"])
+def test_parts_of_another_split_are_not_taken_over(tmp_path, source, monkeypatch, change):
+    """Images relabelled, or others under the same labels, between an interruption and the next run."""
+    before, after = source(), source()
+    if change == "labels":
+        after.train.labels[:2] = 1
+    else:
+        after.train = after.train.take(np.asarray([1, 0, *range(2, 16)]))
+    written(tmp_path / "new", after)
+
+    def full(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sharding, "_write_tables", full)
+        written(tmp_path / "s", before)
+    write(tmp_path / "s", after)
+    assert contents(tmp_path / "s") == contents(tmp_path / "new")
+
+
 def contents_of_new(tmp_path, source):
     written(tmp_path / "new", source(), shard_images=4)
     return contents(tmp_path / "new")
+
+
+def stage(tmp_path, data, out):
+    """The stage, as a run calls it: settings without a place, the place from the context."""
+    (tmp_path / out).mkdir()
+    given = settings_of(record(digest.of(data)), SimpleNamespace(data=data))
+    alone = Ranks(0, 1, torch.device("cpu"), None)
+    place = Location(**{name: getattr(data, name) for name in Location.model_fields})
+    context = Context(alone, tmp_path / out, {}, "owner", quiet=True, location=place)
+    return sharding.run(given, context), given
+
+
+def test_the_stage_writes_a_set_and_takes_one_over(tmp_path, source):
+    source()
+    data = Data(source="folder", path=str(tmp_path / "real"), profile="full", shard_images=5)
+    facts, given = stage(tmp_path, data, "made")
+    assert facts == {"train": 16, "largest": 9, "smallest": 2, "quarantined": 0}
+    written(tmp_path / "same", sources.open_source(data))
+    (tmp_path / "made" / ".progress.json").unlink()
+    assert contents(tmp_path / "made") == contents(tmp_path / "same")
+    (tmp_path / "made" / ".lock").touch()
+    known = shards.facts(tmp_path / "made")
+    assert known == Facts((9, 5, 2), 6) == sources.facts(data)
+    there = Data(source="shards", path=str(tmp_path / "made"))
+    assert stage(tmp_path, there, "taken")[0] == facts and sources.facts(there) == known
+    assert contents(tmp_path / "taken") == contents(tmp_path / "same")
+    cost = sharding.cost(given, known)
+    assert cost.disk > 0 and cost.memory > 0 and cost.flops == 0
+
+
+def test_facts_of_no_shard_set(tmp_path):
+    for ask in (shards.facts, lambda path: sources.facts(Data(source="shards", path=str(path)))):
+        with pytest.raises(UserError, match="no shard set in"):
+            ask(tmp_path)
+
+
+def test_a_stop_ends_the_workers(tmp_path, source):
+    """Whoever reports progress may stop the work: no further shard is begun."""
+
+    class Stops(Progress):
+        def update(self, done, note=""):
+            if done:
+                raise KeyboardInterrupt
+
+    (tmp_path / "s").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        sharding.write(
+            tmp_path / "s", "set", source(), Chosen(shard_images=1), 2, lambda *a: Stops(*a, True)
+        )
+    assert 0 < len(list((tmp_path / "s").glob("*.tar"))) < 16
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    write(tmp_path / "s", source(), shard_images=1)
+    written(tmp_path / "whole", source(), shard_images=1)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")

@@ -6,7 +6,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import simulate_scale as sim
 
-from ltdd_scale.recover import chunks
+from ltdd_scale.methods.rldd.chunks import chunks
 
 
 def test_counts_are_those_of_imagenet_lt():

@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import pickle
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from conftest import image_folder
 from PIL import Image
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import sources
+from ltdd_scale.data import digest, pickles, sources
+from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
 
 
@@ -155,3 +156,279 @@ def test_folders_that_are_no_set(tmp_path):
     image_folder(tmp_path, {"a": 2, "b": 1}, "test")
     with pytest.raises(UserError, match=r"class 1 \(b\) has no training images"):
         sources.open_source(Data(source="folder", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_file_that_a_list_names_twice(tmp_path, label):
+    data = lists(tmp_path, f"train/a/000.png 0\ntrain/b/000.png 1\n\ntrain/./a/000.png {label}\n")
+    words = rf"train/a/000.png is named twice, on line 1 \(label 0\) and line 4 \(label {label}\)"
+    with pytest.raises(UserError, match=words):
+        sources.open_source(data)
+
+
+def test_two_lines_that_mean_one_file(tmp_path):
+    """ILSVRC's flat val images, found under their base name."""
+    data = lists(tmp_path, test="val/a/000.png 0\nval/b/000.png 1\n")
+    with pytest.raises(
+        UserError, match=r"val/000.png is named twice, on line 1 \(label 0\) and line"
+    ):
+        sources.open_source(data)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    data = lists(tmp_path)
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    source = sources.open_source(data)
+    assert source.train.names == ["train/a/000.png", "train/b/000.png"]
+    assert source.test.names == ["val/000.png", "val/001.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/x", "a/../../x", "..", "//x", "train/a/../../../x", "./../x"]
+)
+def test_a_list_stays_inside_data_path(tmp_path, name):
+    (tmp_path / "x").write_bytes(b"secret")
+    data = lists(tmp_path / "set", f"train/a/000.png 0\n{name} 1\n")
+    with pytest.raises(UserError, match=r"line 2: .* leads out of data.path"):
+        sources.open_source(data)
+    with pytest.raises(UserError, match=r"line 2: .* leads out of data.path"):
+        sources.class_counts(data)
+
+
+def test_a_list_may_go_up_inside_data_path(tmp_path):
+    """As it is written, also where a folder on the way is a link to somewhere else."""
+    data = lists(tmp_path / "set", "train/a/000.png 0\nelsewhere/../train/b/000.png 1\n")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "set" / "elsewhere").symlink_to(tmp_path / "far" / "away")
+    source = sources.open_source(data)
+    assert source.train.names[1] == "elsewhere/../train/b/000.png"
+    assert source.train.read(1) == (tmp_path / "set/train/b/000.png").read_bytes()
+
+
+@pytest.mark.parametrize("label", ["²", "-1", "1.0", "x"])
+def test_a_label_is_a_plain_number(tmp_path, label):
+    with pytest.raises(UserError, match="line 2: expected 'path label'"):
+        sources.open_source(lists(tmp_path, f"train/a/000.png 0\ntrain/b/000.png {label}\n"))
+
+
+@pytest.mark.parametrize("label", ["99999999999", "1" * 25, "1" * 5000])
+def test_a_label_that_is_too_large_is_one_line(tmp_path, label):
+    data = lists(tmp_path, f"train/a/000.png 0\ntrain/b/000.png {label}\n")
+    for ask in (sources.open_source, sources.facts, digest.of):
+        with pytest.raises(UserError, match=rf"line 2: a label of {len(label)} digits"):
+            ask(data)
+
+
+def test_a_label_that_leaves_classes_empty_takes_no_memory(tmp_path):
+    data = lists(tmp_path, "train/a/000.png 0\ntrain/b/000.png 999999999\n")
+    words = r"class 1 has no images \(999999998 such classes; the largest label is 999999999\)"
+    with pytest.raises(UserError, match=words):
+        sources.facts(data)
+
+
+def test_a_file_that_is_trained_and_tested_on(tmp_path):
+    data = lists(tmp_path, test="val/000.png 0\nval/001.png 1\ntrain/./b/000.png 1\n")
+    with pytest.raises(UserError) as caught:
+        sources.open_source(data)
+    said = str(caught.value)
+    assert "test.txt, line 3: train/b/000.png is in the training list too" in said
+    assert "train.txt, line 2)" in said and "\n" not in said
+    # Found under its base name.
+    (tmp_path / "train.txt").write_text("train/a/000.png 0\ntrain/b/000.png 1\nval/001.png 1\n")
+    (tmp_path / "test.txt").write_text("val/000.png 0\nval/b/001.png 1\n")
+    with pytest.raises(UserError, match=r"test.txt, line 2: val/001.png is in the training list"):
+        sources.open_source(data)
+    (tmp_path / "test.txt").write_text("val/000.png 0\nval/001.png 1\n")
+    (tmp_path / "train.txt").write_text("train/a/000.png 0\ntrain/b/000.png 1\n")
+    (tmp_path / "val.txt").write_text("train/a/000.png 0\n")
+    assert sources.open_source(data.model_copy(update={"val_list": "val.txt"})).val is not None
+
+
+def test_tiny_imagenets_annotations_name_an_image_once_and_are_text(tmp_path):
+    for wnid in ("n01", "n02"):
+        image_folder(tmp_path / "train" / wnid, {"images": 1}, ".")
+    image_folder(tmp_path, {"images": 2}, "val")
+    data = Data(source="folder", path=str(tmp_path), profile="full")
+    twice = r"line 4: 000.png is named twice \(classes n01 and n02\): keep one"
+    for content, words in (
+        (b"000.png\tn01\n001.png\tn02\n\n000.png\tn02\n", twice),
+        (b"000.png\tn01\n\xff.png\tn02\n", "is damaged or no text"),
+    ):
+        (tmp_path / "val" / "val_annotations.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"val_annotations.txt.*{words}") as caught:
+            sources.open_source(data)
+        assert "\n" not in str(caught.value)
+
+
+def test_tiny_imagenets_annotations_name_files_of_their_folder(tmp_path):
+    image_folder(tmp_path / "train" / "n01", {"images": 1}, ".")
+    image_folder(tmp_path, {"images": 1}, "val")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    data = Data(source="folder", path=str(tmp_path), profile="full")
+    for line in ("../../x\tn01\n", "..\tn01\n", "000.png\n"):
+        annotations.write_text(line)
+        with pytest.raises(UserError, match="expected 'name<tab>class'"):
+            sources.open_source(data)
+
+
+def test_names_of_files_are_one_line_of_text(tmp_path):
+    image_folder(tmp_path, {"a": 1})
+    image_folder(tmp_path, {"a": 1}, "test")
+    data = Data(source="folder", path=str(tmp_path), profile="full")
+    for name in (b"two\nlines.png", b"\xff.png"):
+        path = os.fsencode(tmp_path / "train" / "a") + b"/" + name
+        os.link(tmp_path / "train" / "a" / "000.png", path)
+        with pytest.raises(UserError, match="is not one line of UTF-8: rename it") as caught:
+            sources.open_source(data)
+        assert "\n" not in str(caught.value)
+        os.unlink(path)
+
+
+class Runs:
+    """What a pickle may ask for: a command."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def cifar(folder, batch):
+    """A download folder whose batches all are `batch`, bytes."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}))
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(batch)
+    return Data(source="folder", path=str(folder), profile="full")
+
+
+def batch(n=2):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+    names = [f"{i}.png" for i in range(n)]
+    return {"data": pixels, "labels": [i % 2 for i in range(n)], "filenames": names}
+
+
+def test_a_pickle_that_calls_a_command_is_refused_and_not_run(tmp_path):
+    data = cifar(tmp_path, pickle.dumps({**batch(), "more": Runs(tmp_path / "ran")}))
+    with pytest.raises(
+        UserError, match=r"data_batch_1: refused, it asks for posix.system"
+    ) as caught:
+        sources.open_source(data)
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    os.system(f"touch {tmp_path / 'ran'}")
+    assert (tmp_path / "ran").exists(), "the test's command does nothing"
+
+
+@pytest.mark.parametrize("asked", [b"cbuiltins\neval\n", b"cnumpy\nload\n", b"cos\nsystem\n"])
+def test_other_functions_are_refused(tmp_path, asked):
+    (tmp_path / "p").write_bytes(asked + b"(S'1'\ntR.")
+    with pytest.raises(UserError, match="refused, it asks for"):
+        pickles.load(tmp_path / "p", "cure")
+    encoded = b"c_codecs\nencode\n(S'1'\nS'rot13'\ntR."
+    (tmp_path / "p").write_bytes(encoded)
+    with pytest.raises(UserError, match=r"refused, it asks for _codecs.encode to rot13"):
+        pickles.load(tmp_path / "p", "cure")
+    (tmp_path / "p").write_bytes(pickle.dumps(np.asarray([print], object), 2))
+    with pytest.raises(UserError, match="refused"):
+        pickles.load(tmp_path / "p", "cure")
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        (pickle.dumps({"labels": {1, 2}}), "asks for a value of type set"),
+        (pickle.dumps([frozenset((1,))]), "asks for a value of type frozenset"),
+        (pickle.dumps({"labels": [(1, 2)]}), "asks for a value of type tuple"),
+        (pickle.dumps({(1, 2): 1}), "asks for a value of type tuple"),
+        (pickle.dumps([True]), "asks for a value of type bool"),
+        (pickle.dumps([1.5]), "asks for a value of type float"),
+        (pickle.dumps([None]), "asks for a value of type NoneType"),
+        (b"cnumpy\nndarray\n.", "asks for a value of type type"),
+        (b"cnumpy\ndtype\n(S'u1'\ntR.", "asks for a value of type"),
+        (b"cnumpy\nndarray\n((I3\ntS'O'\ntR.", "an array of objects"),
+        (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'O'\ntR.", "of objects"),
+    ],
+)
+def test_a_pickle_holds_arrays_text_and_numbers_alone(tmp_path, there, words):
+    (tmp_path / "p").write_bytes(there)
+    with pytest.raises(UserError, match=f"refused, it .*{words}") as caught:
+        pickles.load(tmp_path / "p", "cure")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_that_holds_itself_ends(tmp_path):
+    content = [1]
+    content.append(content)
+    (tmp_path / "p").write_bytes(pickle.dumps(content))
+    assert pickles.load(tmp_path / "p", "cure")[0] == 1
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
+def test_pickles_of_every_age_are_read(tmp_path, protocol, core):
+    content = {**batch(), "raw": b"\x00\xff", "float": np.float32([1, 2]), "n": 3}
+    there = pickle.dumps(content, protocol)
+    if protocol < 4:  # names of modules are lines there, and their length is not written
+        there = there.replace(b"numpy._core", core)
+    (tmp_path / "p").write_bytes(there)
+    read = pickles.load(tmp_path / "p", "cure")
+    assert list(read) == list(content) and read["raw"] == content["raw"] and read["n"] == 3
+    for key in ("data", "float"):
+        assert read[key].dtype == content[key].dtype and (read[key] == content[key]).all()
+
+
+def test_python_2s_pickles_are_read(tmp_path):
+    """As CIFAR is published: protocol 2 with byte strings, and NumPy's old names."""
+    there = (
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b"
+        b"\x87R(K\x01K\x01K\x02\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff"
+        b"\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\x07\xfetbU\x06labels]K\x06au."
+    )
+    (tmp_path / "p").write_bytes(there)
+    read = pickles.load(tmp_path / "p", "cure")
+    assert read["data"].tolist() == [[7, 254]] and read["labels"] == [6]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda b: {k: v for k, v in b.items() if k != "labels"}, "there is no 'labels' in it"),
+        (lambda b: [b], "there is no 'data' in it"),
+        (lambda b: {**b, "labels": [0, 2]}, "do not fit its images"),
+        (lambda b: {**b, "labels": [0]}, "not uint8"),
+        (lambda b: {**b, "labels": ["a", "b"]}, "do not fit its images"),
+        (lambda b: {**b, "filenames": ["a"]}, "do not fit its images"),
+        (lambda b: {**b, "data": b["data"].astype(float)}, "not uint8"),
+    ],
+)
+def test_a_batch_that_is_none_says_so(tmp_path, spoil, words):
+    with pytest.raises(UserError, match=f"data_batch_1 is damaged .*{words}"):
+        sources.open_source(cifar(tmp_path, pickle.dumps(spoil(batch()))))
+
+
+def test_torn_pickles_are_damaged(tmp_path):
+    whole = pickle.dumps(batch())
+    for size in (0, 1, 20, 100, len(whole) - 1):
+        with pytest.raises(UserError, match=r"data_batch_1 is damaged .* with torchvision"):
+            sources.open_source(cifar(tmp_path, whole[:size]))
+
+
+def test_facts_are_those_of_the_opened_set(tmp_path):
+    listed = lists(tmp_path / "list", "train/a/000.png 0\ntrain/a/001.png 0\ntrain/b/000.png 1\n")
+    image_folder(tmp_path / "folder", {"a": 9, "b": 7})
+    image_folder(tmp_path / "folder", {"a": 2, "b": 1}, "test")
+    folder = Data(source="folder", path=str(tmp_path / "folder"), imbalance_factor=3)
+    digits = Data(max_per_class=30, imbalance_factor=5, test_per_class=20, val_per_class=3)
+    for data in (listed, folder, digits, folder.model_copy(update={"val_per_class": 2})):
+        source, facts = sources.open_source(data), sources.facts(data)
+        assert np.bincount(source.train.labels).tolist() == sources.class_counts(data)
+        assert facts.counts == tuple(sources.class_counts(data))
+        assert facts.judged == len(source.test.names)
+
+
+def test_an_unknown_source_is_named():
+    with pytest.raises(ValueError, match="'web' is none of digits, folder, list, shards"):
+        Data(source="web")

@@ -1,4 +1,4 @@
-"""Calibration against a bare forward pass over the same loader, and against the per-class loop it replaces.
+"""Calibration against a bare forward pass over the same loader, and the per-class loop it replaces.
 
 python tools/bench_calibrate.py [--rounds 5] [--threads 1]
 """
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from bench import begin, in_turns, table
 
-from ltdd_scale import calibrate
-from ltdd_scale.config import Calibrate
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import MemoryImages, normalizer
+from ltdd_scale.data.images import MemoryImages
+from ltdd_scale.data.loader import normalizer
+from ltdd_scale.methods.rldd.calibrate import Measurement
 from ltdd_scale.models import registry
 from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks
 
 
 def per_class_loop(model, layers, images, normalize, batch: int, spec: ViewSpec) -> None:
@@ -49,67 +50,47 @@ def per_class_loop(model, layers, images, normalize, batch: int, spec: ViewSpec)
         handle.remove()
 
 
+def bench(ranks: Ranks, rounds: int, net: str, width: int, size: int, n: int, classes: int) -> str:
+    """The table of one network. Images are noise, since only the time matters."""
+    device, batch, spec = ranks.device, min(n, 64), ViewSpec(size)
+    generator = np.random.default_rng(0)
+    labels = np.minimum(generator.exponential(classes / 5, n).astype(int), classes - 1)
+    pixels = generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8)
+    images = MemoryImages(pixels, np.sort(labels), device)
+    normalize = normalizer([0.5] * 3, [0.25] * 3, device)
+
+    def build() -> torch.nn.Module:
+        return registry.TwoHeads(registry.backbone(net, width, "batch", size), classes, 0)
+
+    model = ranks.to_device(registry.seeded(build, "bench").eval())
+    layers = registry.norm_layers(model)
+    plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
+    context = Context(ranks, Path("has no folder"), {}, "bench", quiet=True)
+    measurement = Measurement(model, images, normalize, spec, batch, context)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for x in images.stream(plans, spec):
+                model(normalize(x))
+
+    candidates = {
+        "bare forward pass": bare,
+        "calibration": lambda: measurement.collect(layers, ""),
+        "per-class loop": lambda: per_class_loop(model, layers, images, normalize, batch, spec),
+    }
+    title = f"{net} at {size} px, {n} images, {classes} classes"
+    return table(title, in_turns(candidates, rounds), "bare forward pass", n, "images")
+
+
 def main() -> None:
     rounds, ranks = begin(__doc__)
-    device = ranks.device
-    context = Context(ranks, Path("."), {}, "bench", 1e9, quiet=True)
-    normalize = normalizer([0.5] * 3, [0.25] * 3, device)
-    # (net, width, pixels, images, classes): images are noise, since only the time matters
-    for net, width, size, n, num_classes in (
+    for net, width, size, n, classes in (
         ("convnet3", 64, 32, 1024, 10),
         ("resnet18_cifar", 0, 32, 128, 100),
         ("resnet18", 0, 224, 64, 100),
         ("resnet50", 0, 224, 64, 1000),
     ):
-        batch = min(n, 64)
-        generator = np.random.default_rng(0)
-        labels = np.sort(
-            np.minimum(generator.exponential(num_classes / 5, n).astype(int), num_classes - 1)
-        )
-        images = MemoryImages(
-            generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8), labels, device
-        )
-        model = ranks.to_device(
-            registry.seeded(
-                lambda: registry.TwoHeads(
-                    registry.backbone(net, width, "batch", size), num_classes, 0
-                ),
-                "bench",
-            ).eval()
-        )  # noqa: B023
-        layers, spec = registry.norm_layers(model), ViewSpec(size)
-        images.counts = np.bincount(labels, minlength=num_classes)
-        images.counts = images.counts[: labels.max() + 1]
-        plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
-
-        def bare():
-            with torch.inference_mode():
-                for x in images.stream(plans, spec):  # noqa: B023
-                    model(normalize(x))  # noqa: B023
-
-        settings = Calibrate(batch_size=batch)
-        times = in_turns(
-            {
-                "bare forward pass": bare,
-                "calibration": lambda: calibrate.collect(
-                    model, layers, images, normalize, settings, context, "", spec
-                ),  # noqa: B023
-                "per-class loop": lambda: per_class_loop(
-                    model, layers, images, normalize, batch, spec
-                ),  # noqa: B023
-            },
-            rounds,
-        )
-        print(
-            table(
-                f"{net} at {size} px, {n} images, {num_classes} classes",
-                times,
-                "bare forward pass",
-                n,
-                "images",
-            ),
-            flush=True,
-        )
+        print(bench(ranks, rounds, net, width, size, n, classes), flush=True)
 
 
 if __name__ == "__main__":

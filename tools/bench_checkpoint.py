@@ -1,9 +1,10 @@
-"""What a checkpoint costs: the time that a save adds to training steps of ResNet-50, against the steps alone.
+"""What a checkpoint costs: the time that a save adds to training steps of ResNet-50.
 
 python tools/bench_checkpoint.py [--rounds 5] [--threads 1]
 
-Steps of a two-headed ResNet-50 expert (SGD with momentum: a checkpoint of twice its parameters), with no save, with one save in the background
-as training does it, and with one that is waited for. The overhead is what one save adds, as a share of the 60 s between two saves.
+Steps of a two-headed ResNet-50 expert (SGD with momentum: a checkpoint of twice its parameters),
+with no save, with one save in the background as training does it, and with one that is waited for.
+The overhead is what one save adds, as a share of the 60 s between two saves.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 import torch
 from bench import begin, in_turns, table
 
-from ltdd_scale.config import Expert
 from ltdd_scale.experts import engine
+from ltdd_scale.experts.settings import Expert
 from ltdd_scale.models import registry
 from ltdd_scale.runtime.checkpoint import Checkpoints
 
@@ -79,7 +80,8 @@ def main() -> None:
     for name in ("one save, in the background", "one save, waited for"):
         extra = statistics.median(times[name]) - base
         print(
-            f"{name}: {extra:.2f} s more, {100 * extra / SECONDS:.1f} % of the time at one in {SECONDS:.0f} s"
+            f"{name}: {extra:.2f} s more, {100 * extra / SECONDS:.1f} % of the time "
+            f"at one in {SECONDS:.0f} s"
         )
 
 

@@ -1,9 +1,12 @@
-"""Images per second of the loaders on real JPEGs: ours with DALI, ours with PyTorch, webdataset and ImageFolder with torchvision, and the limits.
+"""Images per second of the loaders on real JPEGs: ours with DALI, ours with PyTorch, webdataset and
+ImageFolder with torchvision, and the limits.
 
     python tools/bench_loader.py /path/to/jpegs [--images 115846] [--cores 2]
 
-All give RandomResizedCrop(224) and mirror images in [0, 1], batches of 64, on the same cores in one run, in turns. The set is made by repeating the given
-images: as tars for the tars' readers, as links in folders for ImageFolder. Each candidate runs in a process of its own, so that memory is its own too.
+All give RandomResizedCrop(224) and mirror images in [0, 1], batches of 64, on the same cores in one
+run, in turns. The set is made by repeating the given images: as tars for the tars' readers, as
+links in folders for ImageFolder. Each candidate runs in a process of its own, so that memory is its
+own too.
 """
 
 from __future__ import annotations
@@ -22,17 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # for all candidates, as `ltdd-scale` sets it: torch reads it when it is imported
+# For all candidates, as `ltdd-scale` sets it: torch reads it when it is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
-from ltdd_scale.config import Config, Data, Expert
-from ltdd_scale.data import dali, shards, sources
+from ltdd_scale.data import backend, sharding, sources
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import stream_images
+from ltdd_scale.data.settings import Data, Seen
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.experts.batches import EpochPlans
+from ltdd_scale.experts.batches import Course, EpochPlans
 from ltdd_scale.runtime.ranks import Ranks
 
 BATCH, SIDE = 64, 224
@@ -50,13 +52,8 @@ def make_set(jpegs: Path, folder: Path, num_images: int) -> None:
         (folder / "tree" / "test" / f"{c}").mkdir(parents=True)
         (folder / "tree" / "test" / f"{c}" / "0.jpg").symlink_to(real[c])
     (folder / "shards").mkdir()
-    shards.write(
-        folder / "shards",
-        "bench",
-        sources.open_source(Data(source="folder", path=str(folder / "tree"), profile="full")),
-        2000,
-        0,
-    )
+    data = Data(source="folder", path=str(folder / "tree"), profile="full")
+    sharding.write(folder / "shards", "bench", sources.open_source(data), data)
 
 
 def transform():
@@ -72,26 +69,12 @@ def transform():
     )
 
 
-def ours(folder: Path, backend: str, cores: int, start: int = 0):
+def ours(folder: Path, loader: str, cores: int, start: float = 0.0):
     split = ShardSplit(folder / "shards", "train")
-    config = Config(data=Data(resolution=SIDE, loader=backend))
-    config.runtime.workers = cores
-    images, spec = stream_images(split, config, CPU), ViewSpec(SIDE, (0.08, 1.0))
-    steps = len(split) // BATCH
-    return images.stream(
-        EpochPlans(
-            Expert(batch_size=BATCH),
-            spec,
-            images,
-            "bench",
-            0,
-            int(start * steps),
-            steps,
-            Ranks(0, 1, CPU, None),
-            1,
-        ),
-        spec,
-    )
+    seen = Seen(resolution=SIDE, loader=loader, memory_gb=0)
+    images, spec = stream_images(split, seen, CPU, cores), ViewSpec(SIDE, (0.08, 1.0))
+    course = Course(images, spec, "bench", BATCH, 0.0, 1, Ranks(0, 1, CPU, None))
+    return images.stream(EpochPlans(course, 0, int(start * course.steps)), spec)
 
 
 def webdataset_torchvision(folder: Path, workers: int):
@@ -199,8 +182,15 @@ CANDIDATES = {
 }
 
 
+def anonymous() -> float:
+    """MB of memory that are this process's own."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024
+
+
 def measure(name: str, folder: Path, cores: int, batches: int) -> dict:
-    """Run in a process of its own: rate after the first batches, time to the first, growth of memory over the last three quarters."""
+    """Run in a process of its own: rate after the first batches, time to the first, growth of
+    memory over the last three quarters."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     stream = iter(CANDIDATES[name](folder, cores))
@@ -208,24 +198,16 @@ def measure(name: str, folder: Path, cores: int, batches: int) -> dict:
     first = time.perf_counter() - begin
     for _ in range(2):
         next(stream)
-    own = lambda: (
-        sum(
-            int(line.split()[1])
-            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
-            if line.startswith("Anonymous")
-        )
-        / 1024
-    )  # noqa: E731
     begin, done, early = time.perf_counter(), 0, 0.0
     for k, batch in enumerate(islice(stream, batches)):
         done += len(batch)
         if k == batches // 4:
-            early = own()  # by now buffers have found their size
+            early = anonymous()  # by now buffers have found their size
     took = time.perf_counter() - begin
     return {
         "rate": done / took,
         "first": first,
-        "grew": own() - early,
+        "grew": anonymous() - early,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -262,19 +244,17 @@ def main() -> None:
         if not (folder / "shards" / "manifest.json").exists():
             begin = time.perf_counter()
             make_set(args.jpegs, folder, args.images)
-            print(
-                f"sharding: {args.images / (time.perf_counter() - begin):.0f} images/s, links included\n"
-            )
+            rate = args.images / (time.perf_counter() - begin)
+            print(f"sharding: {rate:.0f} images/s, links included\n")
         total = 0
-        for tar in sorted(
-            (folder / "shards").glob("*.tar")
-        ):  # into memory, where it fits: the reader of tars walks through few of them, ours through all
+        # Into memory, where it fits: the reader of tars walks through few of them, ours through all.
+        for tar in sorted((folder / "shards").glob("*.tar")):
             with open(tar, "rb") as f:
                 while part := len(f.read(1 << 24)):
                     total += part
         print(f"{total / 1e9:.1f} GB of tars\n")
         found: dict[str, list[dict]] = {name: [] for name in CANDIDATES}
-        skipped = () if dali.is_installed() else ("DALI",)
+        skipped = () if backend.dali_is_installed() else ("DALI",)
         for _ in range(args.rounds):
             for name in (n for n in CANDIDATES if not any(word in n for word in skipped)):
                 call = [
@@ -297,18 +277,23 @@ def main() -> None:
                         ).stdout.splitlines()[-1]
                     )
                 )
-        print(
-            "| | images/s, median | from – to | first batch, s | memory grew, MB | peak, MB |\n|---|---|---|---|---|---|"
-        )
+        head = "images/s, median | from – to | first batch, s | memory grew, MB | peak, MB"
+        print(f"| | {head} |\n|---|---|---|---|---|---|")
         for name, runs in found.items():
             if runs:
-                rates, middle = (
-                    [r["rate"] for r in runs],
-                    lambda key, runs=runs: statistics.median(r[key] for r in runs),
-                )
-                print(
-                    f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} – {max(rates):.0f} | {middle('first'):.2f} | {middle('grew'):.0f} | {middle('peak'):.0f} |"
-                )
+                print(f"| {name} | {summary(runs)} |")
+
+
+def summary(runs: list[dict]) -> str:
+    """A candidate's cells of the table, over its rounds."""
+
+    def middle(key: str) -> float:
+        return statistics.median(r[key] for r in runs)
+
+    rates = [r["rate"] for r in runs]
+    memory = f"{middle('grew'):.0f} | {middle('peak'):.0f}"
+    spread = f"{min(rates):.0f} – {max(rates):.0f}"
+    return f"{middle('rate'):.0f} | {spread} | {middle('first'):.2f} | {memory}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Sharding against its limits: decoding every image whole, and copying every byte, with as many processes as cores.
+"""Sharding against its limits: decoding every image whole, and copying every byte, with as many
+processes as cores.
 
 python tools/bench_shard.py /path/to/jpegs [--images 2400] [--rounds 3]
 """
@@ -18,8 +19,9 @@ from pathlib import Path
 from bench import circumstances
 from PIL import Image
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import shards, sources
+from ltdd_scale.data import sharding, sources
+from ltdd_scale.data.settings import Data
+from ltdd_scale.runtime.progress import Progress
 
 
 def decode(paths: list[Path]) -> None:
@@ -33,6 +35,10 @@ def copy(paths: list[Path], target: str) -> None:
             f.write(path.read_bytes())
         f.flush()
         os.fsync(f.fileno())
+
+
+def silent(title: str, total: int, unit: str) -> Progress:
+    return Progress(title, total, unit, quiet=True)
 
 
 def main() -> None:
@@ -54,13 +60,19 @@ def main() -> None:
         for c in range(10):
             (root / "tree" / "test" / str(c)).mkdir(parents=True)
             (root / "tree" / "test" / str(c) / "0.jpg").symlink_to(real[c].absolute())
-        source = sources.open_source(Data(source="folder", path=str(root / "tree"), profile="full"))
+        data = Data(
+            source="folder",
+            path=str(root / "tree"),
+            profile="full",
+            shard_images=args.images // 12,
+        )
+        source = sources.open_source(data)
         paths = [p for p in sorted((root / "tree" / "train").rglob("*.jpg"))]
         parts = [paths[i : i + 50] for i in range(0, len(paths), 50)]
 
         def ours() -> None:
             (root / "out").mkdir()
-            shards.write(root / "out", "bench", source, args.images // 12, 0, quiet=True)
+            sharding.write(root / "out", "bench", source, data, report=silent)
             shutil.rmtree(root / "out")
 
         def copying() -> None:
@@ -81,7 +93,8 @@ def main() -> None:
                 if turn:
                     rates[name].append(args.images / (time.perf_counter() - begin))
     print(
-        f"{circumstances(1)}; {cores} cores, {args.images} images, 12 tars, n = {args.rounds}\n\n| | images/s, median | from – to |\n|---|---|---|"
+        f"{circumstances(1)}; {cores} cores, {args.images} images, 12 tars, n = {args.rounds}\n\n"
+        "| | images/s, median | from – to |\n|---|---|---|"
     )
     for name, found in rates.items():
         print(f"| {name} | {statistics.median(found):.0f} | {min(found):.0f} – {max(found):.0f} |")

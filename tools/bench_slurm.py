@@ -15,12 +15,15 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from ltdd_scale import config as configuration
 from ltdd_scale import session
-from ltdd_scale.launch import board, campaign, profile, slurm
-from ltdd_scale.launch.jobs import Job
+from ltdd_scale.config import load
+from ltdd_scale.launch import board, campaign, perform, profile
+from ltdd_scale.launch.cluster import Cluster, Order
+from ltdd_scale.launch.jobs import Job, Point
+from ltdd_scale.session import Session
 
 ROOT = Path(__file__).parent.parent
 ELEMENTS = 1000  # SLURM's default MaxArraySize allows indices up to 1000
@@ -31,24 +34,21 @@ def median(values: list[float]) -> str:
 
 
 def submissions(
-    made: campaign.Campaign, wants: profile.Profile, rounds: int
+    cluster: Cluster, many: Job, wants: profile.Profile, rounds: int
 ) -> tuple[list[float], list[float], float]:
     """Seconds to submit one array, and the same without sbatch; bytes of one element's pickle."""
-    folder = made.folder
-    commands = [["recover", "config.yaml", "--part", f"{k}/{ELEMENTS}"] for k in range(ELEMENTS)]
-    job = Job("many", "recover", "", commands, [], [])
-    wants.extra = {**wants.extra, "hold": True}
+    held = wants.model_copy(update={"extra": {**wants.extra, "hold": True}})
+    order = Order(many, held, cluster.folder / "code" / "none")
     whole, dry = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        number = slurm.submit(job, wants, folder, folder / "code" / "none", "", "")
+        number = cluster.submit(order)
         whole.append(time.perf_counter() - begin)
-        slurm.cancel([number])
+        cluster.cancel([number])
         begin = time.perf_counter()
-        slurm.script(job, wants, folder, folder / "code" / "none", "", "")
+        cluster.script(order)
         dry.append(time.perf_counter() - begin)
-    size = next((folder / "logs").glob(f"{number}_*_submitted.pkl")).stat().st_size
-    del wants.extra["hold"]
+    size = next((cluster.folder / "logs").glob(f"{number}_*_submitted.pkl")).stat().st_size
     return whole, dry, size
 
 
@@ -74,29 +74,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", type=Path, default=ROOT / "slurm" / "testbed.yaml")
     args = parser.parse_args()
-    slurm.need_slurm()
     wants, work = profile.load(args.profile), Path(tempfile.mkdtemp(prefix="bench-slurm-", dir="."))
     work = work.absolute()
-    config = configuration.load(
-        ROOT / "configs" / "quickstart.yaml", ["observer.epochs=100000", "runtime.device=auto"]
-    )
-    made = campaign.make(
-        "bench", work / "run" / "jobs", work / "store", {"": (config, work / "run")}, wants
-    )
-    session.Session(config, work / "run", work / "store", []).enter()
+    config = load.load(ROOT / "configs" / "quickstart.yaml", ["observer.epochs=100000"])
+    resolved = perform.resolve(config, work / "run")
+    request = perform.make_request(resolved, (), work / "run", work / "store")
+    session.enter(Session(request))
+    point = Point("", resolved.config, work / "run", resolved.source)
+    made = campaign.Campaign("bench", work / "run" / "jobs", work / "store", "slurm", [point])
+    campaign.make(made, wants)
     campaign.prepare(made)
+    cluster = made.open()
+    cluster.need()
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
     print(
         f"{version}; medians of {args.rounds} (smallest – largest)\n\n| what | measured |\n|---|---|"
     )
-    whole, dry, size = submissions(made, wants, args.rounds)
+    (recover,) = [j for j in made.jobs if j.name == "recover"]
+    parts = [replace(recover.requests[0], part=(k, ELEMENTS)) for k in range(ELEMENTS)]
+    many = replace(recover, requests=parts, needs=[])
+    whole, dry, size = submissions(cluster, many, wants, args.rounds)
     print(
         f"| submit one array of {ELEMENTS:,} elements | {median(whole)}; {size:,} bytes a pickle |\n| the same, dry (the sbatch file only) | {median(dry)} |",
         flush=True,
     )
 
     made.jobs = [j for j in made.jobs if j.name in ("shard", "observer")]
-    campaign.submit(made, wants, 0, lambda text: None)
+    campaign.submit(made, cluster, wants, 0, lambda text: None)
     number = made.ids["observer"]
     log = made.folder / "logs" / f"{number}_0_log.err"
     until(
@@ -148,8 +152,8 @@ def main() -> None:
         else ""
     )
     print(f"| watching: looks a minute | {looks} (one squeue call each, {median(took)}){rpc} |")
-    slurm.cancel([number])
-    until(lambda: not one_state(number, "%T") or one_state(number, "%T") in slurm.OVER, 60)
+    cluster.cancel([number])
+    until(lambda: one_state(number, "%T") in ("", "CANCELLED"), 60)
     shutil.rmtree(work, ignore_errors=True)
 
 

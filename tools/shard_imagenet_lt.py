@@ -2,17 +2,24 @@
 
     python tools/shard_imagenet_lt.py /data/imagenet --lists /data/lists --out shards/imagenet_lt
 
-Then: ltdd-scale inspect shards/imagenet_lt; ltdd-scale run configs/imagenet_lt_if256_ipc10.yaml --set data.source=shards data.path=shards/imagenet_lt
-The same command goes on after an interruption. Lists may be gzipped; ILSVRC's val images may lie flat or in folders by wnid.
+Then:
+
+    ltdd-scale inspect shards/imagenet_lt
+    ltdd-scale run configs/imagenet_lt_if256_ipc10.yaml \\
+        --set data.source=shards data.path=shards/imagenet_lt
+
+The same command goes on after an interruption. Lists may be gzipped; ILSVRC's val images may lie
+flat or in folders by wnid.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from ltdd_scale.config import Data
-from ltdd_scale.data import profile, shards, sources
+from ltdd_scale.data import profile, sharding, sources
+from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
+from ltdd_scale.settings import parse
 
 
 def main() -> int:
@@ -48,20 +55,17 @@ def main() -> int:
         f"{split}_list": str((args.lists or args.ilsvrc).absolute() / f"ImageNet_LT_{split}.txt")
         for split in ("train", "val", "test")
     }
+    stored = {
+        "shard_images": args.shard_images,
+        "store_resolution": args.side,
+        "store_quality": args.quality,
+    }
+    given = {"source": "list", "path": str(args.ilsvrc), "profile": "full", **lists, **stored}
     try:
-        source = sources.open_source(
-            Data(source="list", path=str(args.ilsvrc), profile="full", **lists)
-        )
+        data = parse(Data, given, "data.")
+        source = sources.open_source(data)
         args.out.mkdir(parents=True, exist_ok=True)
-        shards.write(
-            args.out,
-            "imagenet_lt",
-            source,
-            args.shard_images,
-            args.side,
-            args.workers,
-            quality=args.quality,
-        )
+        sharding.write(args.out, "imagenet_lt", source, data, args.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

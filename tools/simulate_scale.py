@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ltdd_scale.calibrate import class_units
 from ltdd_scale.data.sampling import rank_slice, spread
-from ltdd_scale.recover import chunks
+from ltdd_scale.methods.rldd.calibrate import class_units
+from ltdd_scale.methods.rldd.chunks import chunks
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -81,7 +81,7 @@ def all_reduce(gb: float, world: int, m: Machine) -> float:
 
 
 def expert(world: int, m: Machine, w: Work) -> tuple[float, str]:
-    """One expert: the global batch stays, so a rank's slice shrinks."""
+    """One expert: the global batch lam, so a rank's slice shrinks."""
     local = max(
         s.stop - s.start for s in (rank_slice(w.global_batch, r, world) for r in range(world))
     )

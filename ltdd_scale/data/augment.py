@@ -1,4 +1,5 @@
-"""Views of images: drawn first (NumPy, counter-based), applied later (torch, whole batches, differentiable, deterministic)."""
+"""Views of images: drawn first (NumPy, counter-based), applied later (torch, whole batches,
+differentiable, deterministic)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ NUM_OPS = 14  # of RandAugment, as torchvision lists them
 
 @dataclass
 class Views:
-    """Draws for n images: windows float32 [n, 4] (top, left, height, width as fractions of the image), mirrored bool [n],
-    ops int [n, k] with signs bool [n, k]."""
+    """Draws for n images: windows float32 [n, 4] (top, left, height, width as fractions of the
+    image), mirrored bool [n], ops int [n, k] with signs bool [n, k]."""
 
     windows: np.ndarray
     mirrored: np.ndarray
@@ -26,8 +27,8 @@ class Views:
 
 @dataclass
 class ViewSpec:
-    """What is drawn: a RandomResizedCrop of area `crop_scale` (or a shift by up to `padding` of `resolution` pixels), a mirror
-    image, `randaugment` operations of `magnitude`/30."""
+    """What is drawn: a RandomResizedCrop of area `crop_scale` (or a shift by up to `padding` of
+    `resolution` pixels), a mirror image, `randaugment` operations of `magnitude`/30."""
 
     resolution: int
     crop_scale: tuple[float, float] | None = None
@@ -42,7 +43,7 @@ class ViewSpec:
         if self.crop_scale is not None:
             windows = _crop_windows(rng, sizes, self.crop_scale)
         else:
-            windows = np.tile(np.float32([0, 0, 1, 1]), (n, 1))
+            windows = np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1))
             windows[:, :2] = rng.integers(-self.padding, self.padding + 1, (n, 2)) / self.resolution
         mirrored = rng.random(n) < 0.5 if self.mirror else np.zeros(n, bool)
         ops = rng.integers(0, NUM_OPS, (n, self.randaugment))
@@ -53,7 +54,7 @@ class ViewSpec:
         if self.crop_scale is None:
             return views
         return Views(
-            np.tile(np.float32([0, 0, 1, 1]), (len(views.windows), 1)),
+            np.tile(np.array([0, 0, 1, 1], np.float32), (len(views.windows), 1)),
             views.mirrored,
             views.ops,
             views.signs,
@@ -67,7 +68,8 @@ def _crop_windows(
     ratio=(3 / 4, 4 / 3),
     tries: int = 10,
 ) -> np.ndarray:
-    """torchvision's RandomResizedCrop, for all images at once: the first of `tries` windows that fits, else the largest centred one."""
+    """torchvision's RandomResizedCrop, for all images at once: the first of `tries` windows that
+    fits, else the largest centred one."""
     n = len(sizes)
     width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     area = rng.uniform(*scale, (n, tries)) * width * height
@@ -87,7 +89,8 @@ def _crop_windows(
 
 
 def pixel_boxes(windows: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Windows as whole pixels of the encoded images, int32 [n, 4] (top, left, height, width), at least one pixel and inside the image.
+    """Windows as whole pixels of the encoded images, int32 [n, 4] (top, left, height, width), at
+    least one pixel and inside the image.
 
     Decoders cut at pixels: every backend that decodes cuts at these.
     """
@@ -104,8 +107,9 @@ def centre_boxes(sizes: np.ndarray) -> np.ndarray:
 
 
 def _resampling(start: torch.Tensor, extent: torch.Tensor, source: int, size: int) -> torch.Tensor:
-    """Matrices [n, size, source] that resample [start, start + extent) of `source` pixels to `size`: bilinear, widened to the
-    step where it shrinks (as Pillow does). Rows wholly outside the image are 0."""
+    """Matrices [n, size, source] that resample [start, start + extent) of `source` pixels to
+    `size`: bilinear, widened to the step where it shrinks (as Pillow does). Rows wholly outside the
+    image are 0."""
     at = torch.arange(size, device=start.device, dtype=torch.float32)
     centre = (start[:, None] + (at + 0.5) / size * extent[:, None]) * source - 0.5
     step = (extent * source / size).clamp(min=1.0)[:, None, None]
@@ -120,7 +124,8 @@ def crop_resize(
 ) -> torch.Tensor:
     """Crops of images float [n, C, H, W] resized to [n, C, size, size], some mirrored.
 
-    Written as two small matrix products an image rather than `grid_sample`, whose gradient on a GPU adds in no fixed order.
+    Written as two small matrix products an image rather than `grid_sample`, whose gradient on a GPU
+    adds in no fixed order.
     """
     rows = _resampling(windows[:, 0], windows[:, 2], images.shape[2], size)
     columns = _resampling(windows[:, 1], windows[:, 3], images.shape[3], size)
@@ -130,43 +135,38 @@ def crop_resize(
 
 
 def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torch.Tensor:
-    """One RandAugment operation on float images in [0, 1], magnitudes as torchvision scales them."""
-    from torchvision.transforms.v2 import (
-        functional as tvf,
-    )  # a second of every process's start: only where it is needed
+    """One RandAugment operation on float images in [0, 1], scaled as torchvision does."""
+    # A second of every process's start: only where it is needed.
+    from torchvision.transforms.v2 import functional as tvf
 
     m, s = magnitude / 30, -1.0 if sign else 1.0
     size = images.shape[-1]
-    affine = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+
+    def affine(translate: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)):
+        corner = [0.0, 0.0] if any(shear) else None
+        return tvf.affine(images, 0.0, list(translate), 1.0, list(shear), center=corner)
+
     match op:
         case 0:
             return images
         case 1:
-            return tvf.affine(
-                images,
-                **{**affine, "shear": [s * np.degrees(np.arctan(0.3 * m)), 0.0]},
-                center=[0, 0],
-            )
+            return affine(shear=(s * np.degrees(np.arctan(0.3 * m)), 0.0))
         case 2:
-            return tvf.affine(
-                images,
-                **{**affine, "shear": [0.0, s * np.degrees(np.arctan(0.3 * m))]},
-                center=[0, 0],
-            )
+            return affine(shear=(0.0, s * np.degrees(np.arctan(0.3 * m))))
         case 3:
-            return tvf.affine(images, **{**affine, "translate": [int(s * m * 150 / 331 * size), 0]})
+            return affine(translate=(int(s * m * 150 / 331 * size), 0))
         case 4:
-            return tvf.affine(images, **{**affine, "translate": [0, int(s * m * 150 / 331 * size)]})
+            return affine(translate=(0, int(s * m * 150 / 331 * size)))
         case 5:
             return tvf.rotate(images, s * 30 * m)
-        case 6:
-            return tvf.adjust_brightness(images, 1 + s * 0.9 * m)
-        case 7:
-            return tvf.adjust_saturation(images, 1 + s * 0.9 * m)
-        case 8:
-            return tvf.adjust_contrast(images, 1 + s * 0.9 * m)
-        case 9:
-            return tvf.adjust_sharpness(images, 1 + s * 0.9 * m)
+        case 6 | 7 | 8 | 9:
+            adjust = (
+                tvf.adjust_brightness,
+                tvf.adjust_saturation,
+                tvf.adjust_contrast,
+                tvf.adjust_sharpness,
+            )[op - 6]
+            return adjust(images, 1 + s * 0.9 * m)
         case 10:
             levels = 2.0 ** (8 - round(4 * m))
             return (images * levels).floor().clamp(max=levels - 1) / levels
@@ -179,7 +179,8 @@ def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torc
 
 
 def apply(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
-    """Views of float images in [0, 1], [n, 3, H, W] → [n, 3, resolution, resolution], still in [0, 1]."""
+    """Views of float images in [0, 1], [n, 3, H, W] → [n, 3, resolution, resolution], still in
+    [0, 1]."""
     device = images.device
     windows = torch.from_numpy(views.windows).to(device, non_blocking=True)
     mirrored = torch.from_numpy(views.mirrored).to(device, non_blocking=True)
@@ -201,14 +202,15 @@ def apply_ops(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tenso
 
 
 def cutmix_boxes(rng: np.random.Generator, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes int [n, 4] (top, left, bottom, right) with λ ~ Beta(1, 1), and the share of each image that stays, float32 [n]."""
+    """Boxes int [n, 4] (top, left, bottom, right) with λ ~ Beta(1, 1), and λ as the share of each
+    image that stays outside of its box, float32 [n]."""
     side = np.sqrt(1 - rng.random(n)) * size
     centre = rng.random((n, 2)) * size
     low = np.clip(centre - side[:, None] / 2, 0, size).astype(np.int64)
     high = np.clip(centre + side[:, None] / 2, 0, size).astype(np.int64)
     boxes = np.concatenate([low, high], 1)
-    stays = 1 - (high - low).prod(1) / size**2
-    return boxes, stays.astype(np.float32)
+    lam = 1 - (high - low).prod(1) / size**2
+    return boxes, lam.astype(np.float32)
 
 
 def paste(images: torch.Tensor, others: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:

@@ -14,7 +14,8 @@ GROUPS = ("many", "medium", "few")
 def exponential(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
     """n_c = int(n_max · IF^(−c/(C−1))), for c = 0 … C−1.
 
-    `int` and not `round`, as the field does. With n_max 5000, C 10 and IF 100 this is the 12,406-image CIFAR-10-LT.
+    `int` and not `round`, as the field does. With n_max 5000, C 10 and IF 100 this is the
+    12,406-image CIFAR-10-LT.
     """
     if num_classes == 1:
         return [largest]
@@ -30,7 +31,8 @@ def counts_for(
 ) -> list[int]:
     """Images wanted of each class, never more than `available`.
 
-    Raises `UserError` where explicit counts do not fit the set, or where a class would be left without images.
+    Raises `UserError` where explicit counts do not fit the set, or where a class would be left
+    without images.
     """
     if profile == "full":
         counts = list(available)
@@ -44,7 +46,8 @@ def counts_for(
         ]
         if short:
             raise UserError(
-                f"data.counts asks for {explicit[short[0]]} images of class {short[0]}, which has {available[short[0]]}"
+                f"data.counts asks for {explicit[short[0]]} images of class {short[0]}, which has "
+                f"{available[short[0]]}"
             )
         counts = list(explicit)
     else:
@@ -53,7 +56,8 @@ def counts_for(
     empty = [c for c, n in enumerate(counts) if n < 1]
     if empty:
         raise UserError(
-            f"class {empty[0]} would have no training images ({len(empty)} such classes): lower data.imbalance_factor or add images"
+            f"class {empty[0]} would have no training images ({len(empty)} such classes): lower "
+            "data.imbalance_factor or add images"
         )
     return counts
 
@@ -61,7 +65,8 @@ def counts_for(
 def choose(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
     """Indices of the chosen images, class by class: the first n_c of one permutation a class.
 
-    The permutations do not depend on the counts, so the choice for IF 100 lies within that for IF 10.
+    The permutations do not depend on the counts, so the choice for IF 100 lies within that for
+    IF 10.
     """
     state = np.random.RandomState(seed)
     chosen = []
@@ -74,7 +79,8 @@ def choose(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
 def shot_groups(counts: Sequence[int]) -> np.ndarray:
     """0 many (> 100 training images), 1 medium (20–100), 2 few (< 20) for each class.
 
-    Where every class is "many" (exponential IF 5 and 10 of ImageNet) the groups are thirds by rank instead.
+    Where every class is "many" (exponential IF 5 and 10 of ImageNet) the groups are thirds by rank
+    instead.
     """
     sizes = np.asarray(counts)
     groups = np.where(sizes > 100, 0, np.where(sizes >= 20, 1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,65 +35,71 @@ def plot(counts: list[int], width: int = WIDTH, height: int = HEIGHT) -> str:
 
 
 def describe(folder: Path, samples: int = 5) -> str:
-    """The page that ``ltdd-scale inspect`` prints. Raises `UserError` where a shard is missing or of another size."""
+    """The page that ``ltdd-scale inspect`` prints. Raises `UserError` where a shard is missing
+    or of another size."""
     manifest = files.read_json(folder / "manifest.json")
     counts = manifest["splits"]["train"]["counts"]
-    groups = manifest["groups"]
-    official = (
-        ", the official ImageNet-LT training list"
-        if manifest["notes"].get("official ImageNet-LT") == "yes"
-        else ""
+    official = manifest["notes"].get("official ImageNet-LT") == "yes"
+    title = f"{folder}: {manifest['name']}, {len(counts)} classes"
+    parts = (
+        title + (", the official ImageNet-LT training list" if official else ""),
+        _splits(folder, manifest),
+        plot(counts),
+        _tail(counts, manifest["groups"]) + "\n" + _stored(folder, manifest),
+        _samples(folder, samples),
     )
-    out = [f"{folder}: {manifest['name']}, {len(counts)} classes{official}", ""]
+    return "\n\n".join(parts)
+
+
+def _splits(folder: Path, manifest: dict[str, Any]) -> str:
+    """A table: images, shards and sizes of each split."""
     rows = [("split", "images", "listed", "shards", "MB", "width × height (median)")]
     for name, info in manifest["splits"].items():
-        sizes = ShardSplit(folder, name).sizes
-        middle = (
-            "–"
-            if not len(sizes)
-            else f"{int(np.median(sizes[:, 0]))} × {int(np.median(sizes[:, 1]))}, from {sizes.min()} to {sizes.max()}"
-        )
         megabytes = sum(s["bytes"] for s in info["shards"]) / 1e6
-        rows.append(
-            (
-                name,
-                str(info["num_images"]),
-                str(sum(info["listed"])),
-                str(len(info["shards"])),
-                f"{megabytes:.1f}",
-                middle,
-            )
-        )
+        numbers = (info["num_images"], sum(info["listed"]), len(info["shards"]))
+        sizes = _sizes(ShardSplit(folder, name).sizes)
+        rows.append((name, *map(str, numbers), f"{megabytes:.1f}", sizes))
     wide = [max(len(r[k]) for r in rows) for k in range(6)]
-    out += [
-        "  "
-        + "  ".join(
+    lines = []
+    for row in rows:
+        cells = [
             cell.ljust(w) if k in (0, 5) else cell.rjust(w)
             for k, (cell, w) in enumerate(zip(row, wide, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _sizes(sizes: np.ndarray) -> str:
+    if not len(sizes):
+        return "–"
+    width, height = (int(v) for v in np.median(sizes, 0))
+    return f"{width} × {height}, from {sizes.min()} to {sizes.max()}"
+
+
+def _tail(counts: list[int], groups: list[str]) -> str:
     members = {g: [n for n, h in zip(counts, groups, strict=True) if h == g] for g in GROUPS}
     shots = "; ".join(f"{g} {len(n)} classes, {sum(n)} images" for g, n in members.items() if n)
-    out += [
-        "",
-        plot(counts),
-        "",
-        f"imbalance factor {max(counts) / min(counts):.0f} ({max(counts)} … {min(counts)} images a class); {shots}",
-    ]
-    stored = manifest.get("stored", "original bytes")
+    most, fewest = max(counts), min(counts)
+    return f"imbalance factor {most / fewest:.0f} ({most} … {fewest} images a class); {shots}"
+
+
+def _stored(folder: Path, manifest: dict[str, Any]) -> str:
+    stored, quarantined = manifest.get("stored", "original bytes"), manifest["quarantined"]
     if isinstance(stored, dict):
         kind = f"JPEG of quality {stored['jpeg_quality']}" if stored["jpeg_quality"] else "PNG"
         stored = f"centre squares of {stored['side']} pixels, {kind}"
-    out.append(
-        f"stored: {stored}; quarantined: {manifest['quarantined']}"
-        + (f" (see {folder / 'quarantine.json'})" if manifest["quarantined"] else "")
-    )
+    where = f" (see {folder / 'quarantine.json'})" if quarantined else ""
+    return f"stored: {stored}; quarantined: {quarantined}{where}"
+
+
+def _samples(folder: Path, samples: int) -> str:
     split = ShardSplit(folder, "train")
-    names = split.names
-    out += ["", "samples"]
+    names, lines = split.names, ["samples"]
     for i in np.linspace(0, len(split) - 1, min(samples, len(split))).astype(int):
-        out.append(
-            f"  {names[i]}  class {split.labels[i]} ({manifest['classes'][split.labels[i]]}), {split.sizes[i][0]} × {split.sizes[i][1]}, {len(split.view(int(i)))} bytes"
+        label, (width, height) = split.labels[i], split.sizes[i]
+        lines.append(
+            f"  {names[i]}  class {label} ({split.classes[label]}), {width} × {height}, "
+            f"{len(split.view(int(i)))} bytes"
         )
-    return "\n".join(out)
+    return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Sets too large for memory, decoded as they are needed by PyTorch's worker processes: the backend that runs everywhere."""
+"""Sets too large for memory, decoded as they are needed by PyTorch's worker processes: the backend
+that runs everywhere."""
 
 from __future__ import annotations
 
@@ -13,17 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ltdd_scale.data import augment
 from ltdd_scale.data.augment import Views, ViewSpec
+from ltdd_scale.data.images import Plan
 from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import signals
 
-Plan = tuple[
-    np.ndarray, Views | None
-]  # image indices and their views; no views: the whole image, centred
-
 
 def plan_list(plans: Iterable[Plan]) -> Sequence[Plan]:
-    """`plans` with a length and random access: a sequence that draws its views when asked stays one."""
+    """`plans` with a length and random access: a sequence that draws its views when asked stays
+    one."""
     return plans if isinstance(plans, Sequence) else list(plans)
 
 
@@ -36,8 +35,8 @@ class _Decoding(Dataset):
     def __len__(self) -> int:
         return len(self.plans)
 
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, Views | None]:
-        indices, views = self.plans[k]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Views | None]:
+        indices, views = self.plans[index]
         r = self.resolution
         out = np.empty((len(indices), 3, r, r), np.uint8)
         boxes = (
@@ -56,7 +55,8 @@ class _Decoding(Dataset):
 
 
 def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
-    """A box (top, left, height, width in pixels) of image `i` at size × size, decoding no finer than needed."""
+    """A box (top, left, height, width in pixels) of image `i` at size × size, decoding no finer
+    than needed."""
     top, left, h, w = (int(v) for v in box)
     try:
         image = Image.open(io.BytesIO(split.encoded(i)))
@@ -98,9 +98,8 @@ def decoded(
     loader = DataLoader(
         _Decoding(split, plans, resolution, whole),
         batch_size=None,
-        num_workers=max(
-            0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)
-        ),  # one batch is not worth a process
+        # One batch is not worth a process.
+        num_workers=max(0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)),
         worker_init_fn=_quiet_worker,
         pin_memory=pin,
         generator=torch.Generator(),  # its own: the loader must not draw from the global one

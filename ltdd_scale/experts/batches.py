@@ -1,105 +1,159 @@
-"""What an expert sees at each step: a pure function of (seed, epoch, step), whatever the rank, the resume or the backend that decodes it."""
+"""What an expert sees at each step: a pure function of (seed, epoch, step), whatever the rank, the
+resume or the backend that decodes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ltdd_scale.config import Expert
 from ltdd_scale.data import augment, sampling
 from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import Images, Plan
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 
-class EpochPlans(Sequence):
-    """The rest of an epoch, from step `first`: for each step `views`² plans of this rank's slice of the global batch.
+@dataclass(frozen=True)
+class Course:
+    """Which images an expert sees, in which order, and how they are augmented.
 
-    The uniform stream comes first, then (with 2 views) the re-sampled one; each is seen `views` times. Views are drawn when a plan is asked
-    for, from (seed, epoch, step, stream, copy) alone: by whoever decodes it, and starting late costs nothing.
+    `views` is 2 for a debiased expert: each step then has a uniform and a re-sampled batch, each
+    seen twice. Else it is 1: the uniform batch, seen once.
     """
 
-    def __init__(
-        self,
-        settings: Expert,
-        spec: ViewSpec,
-        images,
-        seed: str,
-        epoch: int,
-        first: int,
-        steps: int,
-        ranks: Ranks,
-        views: int,
-    ):
-        self.batch_size, self.spec, self.sizes = settings.batch_size, spec, images.sizes
-        self.seed, self.epoch, self.first, self.steps, self.views = seed, epoch, first, steps, views
-        self.part = sampling.rank_slice(self.batch_size, ranks.rank, ranks.world)
-        self.orders = [sampling.uniform(len(images.labels), seed, epoch)]
-        if views > 1:
+    images: Images
+    spec: ViewSpec
+    seed: str
+    batch_size: int  # of all ranks together
+    resample_power: float
+    views: int
+    ranks: Ranks
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch. The rest of an order that fills no batch is left out."""
+        return len(self.images.labels) // self.batch_size
+
+    @property
+    def part(self) -> slice:
+        """This rank's part of a global batch."""
+        return sampling.rank_slice(self.batch_size, self.ranks.rank, self.ranks.world_size)
+
+
+class EpochPlans(Sequence):
+    """The rest of an epoch, from step `first`: for each step `views`² plans of this rank's part of
+    the global batch.
+
+    The uniform stream comes first, then (with 2 views) the re-sampled one; each is seen `views`
+    times. Views are drawn when a plan is asked for, from (seed, epoch, step, stream, copy) alone:
+    by whoever decodes it, and starting late costs nothing.
+    """
+
+    def __init__(self, course: Course, epoch: int, first: int):
+        images, seed = course.images, course.seed
+        self.batch_size, self.spec, self.sizes = course.batch_size, course.spec, images.sizes
+        self.seed, self.epoch, self.first, self.steps = seed, epoch, first, course.steps
+        self.views, self.part = course.views, course.part
+        count = len(images.labels)
+        self.orders = [sampling.uniform(count, seed, epoch)]
+        if course.views > 1:
+            power = course.resample_power
             self.orders.append(
-                sampling.resampled(
-                    images.labels,
-                    images.counts,
-                    settings.resample_power,
-                    len(images.labels),
-                    seed,
-                    epoch,
-                )
+                sampling.resampled(images.labels, images.counts, power, count, seed, epoch)
             )
 
     def __len__(self) -> int:
         return (self.steps - self.first) * self.views**2
 
     def chosen(self, step: int, stream: int) -> np.ndarray:
-        """The global batch of `step`, indices [batch_size]."""
+        """The global batch of the epoch's `step`, indices [batch_size]."""
         return self.orders[stream][step * self.batch_size : (step + 1) * self.batch_size]
 
-    def __getitem__(self, k: int):
+    def __getitem__(self, k: int) -> Plan:  # ty: ignore[incompatible-method-override]
         if not 0 <= k < len(self):
             raise IndexError(k)
-        step, (stream, copy) = (
-            self.first + k // self.views**2,
-            divmod(k % self.views**2, self.views),
-        )
+        step = self.first + k // self.views**2
+        stream, copy = divmod(k % self.views**2, self.views)
         chosen = self.chosen(step, stream)
-        views = self.spec.draw(
-            rng(self.seed, "views", self.epoch, step, stream, copy), self.sizes[chosen]
-        )
+        generator = rng(self.seed, "views", self.epoch, step, stream, copy)
+        views = self.spec.draw(generator, self.sizes[chosen])
         return chosen[self.part], views[self.part]
 
 
-def mix(
-    pictures: list[torch.Tensor], labels: list[torch.Tensor], generator: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """View 1: MixUp of uniform and re-sampled images. View 2: CutMix of their second views. λ ~ Beta(1, 1), one a step as in GLMC.
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a step: normalised images `x` [views · n, 3, R, R] and labels `y`
+    [views · n, C], view after view. `chosen` are the images that it was made of."""
 
-    `pictures` are uniform, uniform again, re-sampled, re-sampled again, float [n, 3, R, R]; `labels` one-hot [n, C] of the two streams.
-    Returns [2n, 3, R, R] and [2n, C], view 1 first.
+    step: int  # of the whole training
+    epoch: int
+    ends_epoch: bool
+    x: Tensor
+    y: Tensor
+    chosen: np.ndarray
+
+
+def from_step(
+    course: Course,
+    begin: int,
+    end: int,
+    normalize: Callable[[Tensor], Tensor],
+    num_classes: int,
+) -> Iterator[Batch]:
+    """The batches of the steps `begin` … `end` − 1 of the whole training."""
+    step, steps, device = begin, course.steps, course.ranks.device
+    while step < end:
+        epoch, first = divmod(step, steps)
+        plans = EpochPlans(course, epoch, first)
+        stream = course.images.stream(plans, course.spec)
+        for k in range(first, steps):
+            images = [normalize(next(stream)) for _ in range(course.views**2)]
+            chosen = [plans.chosen(k, s)[course.part] for s in range(course.views)]
+            classes = [torch.from_numpy(course.images.labels[c]).to(device) for c in chosen]
+            labels = [F.one_hot(c, num_classes).float() for c in classes]
+            x, y = images[0], labels[0]
+            if course.views > 1:
+                x, y = mix(images, labels, rng(course.seed, "mix", epoch, k))
+            yield Batch(step, epoch, k == steps - 1, x, y, np.concatenate(chosen))
+            step += 1
+
+
+def mix(
+    images: list[Tensor], labels: list[Tensor], generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """View 1: MixUp of uniform and re-sampled images. View 2: CutMix of their second views.
+    λ ~ Beta(1, 1), one a step as in GLMC.
+
+    `images` are uniform, uniform again, re-sampled, re-sampled again, float [n, 3, R, R]; `labels`
+    one-hot [n, C] of the two streams. Returns [2n, 3, R, R] and [2n, C], view 1 first.
     """
-    uniform1, uniform2, other1, other2 = pictures
+    uniform1, uniform2, other1, other2 = images
     mixed = float(generator.random())
-    boxes, stays = augment.cutmix_boxes(generator, 1, uniform2.shape[-1])
+    boxes, lam = augment.cutmix_boxes(generator, 1, uniform2.shape[-1])
     x = torch.cat(
         [
             mixed * uniform1 + (1 - mixed) * other1,
             augment.paste(uniform2, other2, boxes.repeat(len(uniform2), 0)),
         ]
     )
-    y = [share * labels[0] + (1 - share) * labels[1] for share in (mixed, float(stays[0]))]
+    y = [share * labels[0] + (1 - share) * labels[1] for share in (mixed, float(lam[0]))]
     return x, torch.cat(y)
 
 
-def pieces(
-    x: torch.Tensor, y: torch.Tensor, views: int, parts: int
-) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """A rank's batch in `parts` of nearly equal size, with the share of the batch that each is.
+def micro_batches(
+    x: Tensor, y: Tensor, views: int, number: int
+) -> list[tuple[Tensor, Tensor, float]]:
+    """A rank's batch in `number` parts of nearly equal size, with the share of it that each is.
 
     Rows of `x` and `y` are view after view; a part has the same images of all views.
     """
-    if parts == 1:
+    if number == 1:
         return [(x, y, 1.0)]
     n = len(x) // views
     xs, ys = x.reshape(views, n, *x.shape[1:]), y.reshape(views, n, *y.shape[1:])
-    cuts = [sampling.rank_slice(n, k, parts) for k in range(parts)]
+    cuts = [sampling.rank_slice(n, k, number) for k in range(number)]
     return [(xs[:, c].flatten(0, 1), ys[:, c].flatten(0, 1), (c.stop - c.start) / n) for c in cuts]

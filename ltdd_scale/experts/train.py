@@ -1,301 +1,253 @@
-"""Stage "observer" and stage "teacher": debiased experts, resumed to the bit, on any number of ranks."""
+"""Stages "observer" and "teacher": debiased experts, resumed to the bit, on any number of ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ltdd_scale.config import Config, Expert
 from ltdd_scale.data import sampling
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import normalizer, open_images, stream_images
+from ltdd_scale.data.loader import open_images, prepare, stream_images
+from ltdd_scale.data.settings import Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import batches, engine, losses
-from ltdd_scale.models import registry, syncbn
-from ltdd_scale.runtime import files, signals, tensors
+from ltdd_scale.experts import batches, engine, state
+from ltdd_scale.experts.batches import Batch, Course
+from ltdd_scale.experts.losses import Objective, class_weights
+from ltdd_scale.experts.settings import Expert
+from ltdd_scale.models import flops, frozen, registry, syncbn
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import rng, torch_seed
+from ltdd_scale.runtime.ranks import Ranks, torch_seed
+from ltdd_scale.stage import Given
 
 PROJECTION = 256  # width of SimSiam's projector
 
 
-def learning_rate(settings: Expert, position: float) -> float:
+def check(settings: Given) -> None:
+    """Raise `UserError` where the network cannot take the images, or an observer has no BatchNorm
+    layer whose statistics could be aligned."""
+    expert = settings.expert
+    net = (expert.net, expert.width, expert.norm, settings.images.resolution)
+    registry.check(*net)
+    if settings.role == "observer" and not flops.norm_layers(*net):
+        raise UserError(
+            f"observer.net={expert.net} with norm={expert.norm} has no BatchNorm layer to align: "
+            "use observer.norm=batch or another net"
+        )
+
+
+def run(settings: Given, context: Context) -> dict[str, Any]:
+    """Train an expert on the shards; write ``weights.pt``, ``log.json`` and ``log.jsonl``.
+
+    The same global batch gives the same sample order on any number of ranks.
+    """
+    role, expert, ranks = settings.role, settings.expert, context.ranks
+    split = ShardSplit(context.input("shard"), "train")
+    _check_sizes(role, expert, len(split), ranks)
+    normalize, num_classes = prepare(split, ranks.device), len(split.classes)
+    course = _course(settings, split, context)
+    model, total = build(settings, num_classes, ranks), course.steps * expert.epochs
+    setup = _setup(settings, ranks)
+    trainer = engine.make(_Heads(model), setup, ranks, context.checkpoints())
+    step = Step(trainer, _objective(settings, split, ranks), setup, course)
+    history, watch = state.History(ranks.device), state.Watch(role, split.names, trainer)
+    begin = state.resume(trainer, model, history, ranks)
+    if begin:
+        context.say(f"{role}: resumed at step {begin} of {total}")
+    progress = context.progress(role, total, "steps", begin, stops=False)
+    model.train()
+    for batch in batches.from_step(course, begin, total, normalize, num_classes):
+        watch.check()
+        losses = step(batch)
+        watch.note(batch, losses)
+        history.add(losses * (step.share / ranks.world_size / course.steps))
+        if batch.ends_epoch:
+            history.close(batch.epoch, ranks)
+            context.log(history.epochs)
+        done = batch.step + 1
+        progress.update(done, history.note)
+        stop, due = ranks.agree(signals.requested(), trainer.due())
+        if (stop or due) and done < total:
+            watch.check()
+            state.save(trainer, done, model, history, ranks, wait=stop)
+            if stop:
+                raise signals.Preempted(f"request at step {done} of {role}")
+    watch.check()
+    trainer.finish()
+    if not _synced(settings, ranks):
+        state.average_buffers(model, ranks)
+    if ranks.is_main:
+        made_of = (expert.net, expert.width, expert.norm, settings.images.resolution)
+        frozen.save(context.out / "weights.pt", frozen.recipe(*made_of, num_classes), model)
+        files.write_json(context.out / "log.json", history.epochs)
+    parameters = sum(p.numel() for p in model.backbone.parameters())
+    judged = _judge(model.eval(), split, settings, normalize, context)
+    return {"parameters": parameters, "steps": total, **judged}
+
+
+def build(settings: Given, num_classes: int, ranks: Ranks) -> registry.TwoHeads:
+    """The expert with its initial weights, which depend on role and seed alone."""
+    expert, size = settings.expert, settings.images.resolution
+    projection = PROJECTION if settings.train.debias and expert.contrast else 0
+
+    def make() -> registry.TwoHeads:
+        features = registry.backbone(expert.net, expert.width, expert.norm, size)
+        return registry.TwoHeads(features, num_classes, projection)
+
+    model = ranks.to_device(registry.seeded(make, _seed(settings), "weights"))
+    return syncbn.synchronize(model) if _synced(settings, ranks) else model
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training: called with a batch, it holds what stays from step to step."""
+
+    trainer: engine.Trainer
+    objective: Objective
+    setup: engine.Setup
+    course: Course
+
+    @property
+    def share(self) -> float:
+        """Engines average over ranks. Their parts may differ by one image, so each loss is weighted
+        by its part's share of the batch, times the number of ranks."""
+        part = self.course.part
+        return (part.stop - part.start) * self.course.ranks.world_size / self.course.batch_size
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return this rank's losses, float32 [3] (see `Objective`)."""
+        course, expert, ranks = self.course, self.setup.expert, self.course.ranks
+        torch.manual_seed(torch_seed(course.seed, "dropout", batch.step, ranks.rank))
+        losses = torch.zeros(3, device=ranks.device)
+        x = frozen.channels_last(batch.x)
+        cut = batches.micro_batches(x, batch.y, course.views, self.setup.micro_batches)
+        for number, (images, labels, part) in enumerate(cut, 1):
+            last = number == len(cut)
+            heads = self.trainer.forward(images, last)
+            values = self.objective(heads, labels, (batch.epoch + 1) / expert.epochs)
+            self.trainer.backward(values[0] * (self.share * part), last)
+            losses += values.detach() * part
+        self.trainer.step(learning_rate(expert, batch.step / course.steps))
+        return losses
+
+
+def learning_rate(expert: Expert, position: float) -> float:
     """Linear warm-up, then cosine to 0; `position` in epochs."""
-    if position < settings.warmup_epochs:
-        return settings.lr * (position + 1e-8) / settings.warmup_epochs
-    done = (position - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if position < expert.warmup_epochs:
+        return expert.lr * (position + 1e-8) / expert.warmup_epochs
+    done = (position - expert.warmup_epochs) / max(expert.epochs - expert.warmup_epochs, 1)
+    return expert.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-class _Training(nn.Module):
-    """One forward pass for the engine: everything the loss needs from one concatenated batch of both views."""
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    split: ShardSplit,
+    seen: Seen,
+    normalize: Callable[[Tensor], Tensor],
+    context: Context,
+    batch: int = 256,
+) -> float:
+    """Top-1 in per cent of a split, every image once, shared over ranks."""
+    ranks = context.ranks
+    mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world_size)]
+    # One pass: each rank decodes its own part only.
+    images = stream_images(split, seen, ranks.device, context.workers)
+    plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
+    right = 0
+    shown = images.stream(plans, ViewSpec(seen.resolution))
+    for (indices, _), x in zip(plans, shown, strict=True):
+        signals.check()
+        predicted = frozen.forward(model, normalize(x), ranks).argmax(1).cpu().numpy()
+        right += int((predicted == split.labels[indices]).sum())
+    return 100 * sum(ranks.gather(right)) / len(split)
+
+
+def _judge(model, split: ShardSplit, settings: Given, normalize, context: Context) -> dict:
+    """Accuracy on the validation images, where the set has some."""
+    if "val" not in split.manifest["splits"]:
+        return {}
+    held = ShardSplit(context.input("shard"), "val")
+    top1 = round(accuracy(model, held, settings.images, normalize, context), 2)
+    context.say(f"{settings.role}: {top1:.1f} % on validation images")
+    return {"val_top1": top1}
+
+
+class _Heads(nn.Module):
+    """What the engine runs: one forward pass that gives everything that the loss needs."""
 
     def __init__(self, model: registry.TwoHeads):
         super().__init__()
         self.model = model
 
-    def forward(self, x):
+    def forward(self, x: Tensor):
         return self.model.heads(x)
 
 
-def _loss(
-    outputs: tuple,
-    y: torch.Tensor,
-    settings: Expert,
-    debiased: bool,
-    weights: torch.Tensor,
-    progress: float,
-) -> torch.Tensor:
-    """(loss, its debiasing term, its robust term), float32 [3], of a batch or a part of one."""
-    plain, rebalanced, z, p = (None if o is None else o.float() for o in outputs)
-    zero = torch.zeros((), device=y.device)
-    if not debiased:
-        loss = losses.soft_cross_entropy(rebalanced, y)
-        return torch.stack([loss, loss, zero])
-    biased = losses.debias(plain, rebalanced, y, weights, progress)
-    contrast = losses.robust(p, z) if z is not None else zero
-    # Both views: a mean over 2n rows is half of GLMC's sum over the two views.
-    return torch.stack(
-        [2 * settings.debias * biased + settings.contrast * contrast, biased, contrast]
-    )
-
-
-@torch.no_grad()
-def accuracy(
-    model: nn.Module, split: ShardSplit, config: Config, normalize, ranks, batch: int = 256
-) -> float:
-    """Top-1 in per cent of a split, every image once, shared over ranks."""
-    mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world)]
-    images = stream_images(
-        split, config, ranks.device
-    )  # one pass: each rank decodes its own part only
-    plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
-    right = 0
-    for (indices, _), x in zip(
-        plans, images.stream(plans, ViewSpec(config.data.resolution)), strict=True
-    ):
-        signals.check()
-        with ranks.autocast():
-            right += int(
-                (model(normalize(x)).argmax(1).cpu().numpy() == split.labels[indices]).sum()
-            )
-    return 100 * sum(ranks.gather(right)) / len(split)
-
-
-def average_buffers(model: nn.Module, ranks) -> None:
-    """One mean of the BN running statistics over ranks, before they are read. DDP would broadcast rank 0's instead."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            ranks.sum_(buffer.mul_(1 / ranks.world))
-
-
-def _check_sizes(settings: Expert, role: str, num_images: int, ranks) -> None:
-    if settings.batch_size > num_images:
+def _check_sizes(role: str, expert: Expert, num_images: int, ranks: Ranks) -> None:
+    if expert.batch_size > num_images:
         raise UserError(
-            f"{role}.batch_size={settings.batch_size}, but there are {num_images} training images: lower it"
+            f"{role}.batch_size={expert.batch_size}, but there are {num_images} training images: "
+            "lower it"
         )
-    if settings.batch_size < 2 * ranks.world:
+    if expert.batch_size < 2 * ranks.world_size:
         raise UserError(
-            f"{role}.batch_size={settings.batch_size} is too small for {ranks.world} ranks: lower --nproc or raise it"
+            f"{role}.batch_size={expert.batch_size} is too small for {ranks.world_size} ranks: "
+            "lower --nproc or raise it"
         )
 
 
-def run(role: str, config: Config, context: Context) -> dict[str, Any]:
-    """Train the expert of `role` ("observer" or "teacher") on the shards; write ``weights.pt`` and ``log.json``.
+def _seed(settings: Given) -> str:
+    return f"{settings.role} {settings.seed}"
 
-    Returns facts for ``stage.json``. The same global batch gives the same sample order on any number of ranks.
-    """
-    settings: Expert = getattr(config, role)
-    ranks, split = context.ranks, ShardSplit(context.input("shard"), "train")
-    size, debiased, num_classes = (
-        config.data.resolution,
-        config.strategies.debias,
-        len(split.classes),
-    )
-    _check_sizes(settings, role, len(split), ranks)
-    projection = PROJECTION if debiased and settings.contrast else 0
-    recipe = registry.Network.describe(
-        settings.net, settings.width, settings.norm, size, num_classes
-    )
-    features = lambda: registry.backbone(settings.net, settings.width, settings.norm, size)  # noqa: E731
-    seed = f"{role} {config.seed}"
-    model = ranks.to_device(
-        registry.seeded(
-            lambda: registry.TwoHeads(features(), num_classes, projection), seed, "weights"
-        )
-    )
-    if role == "observer" and not registry.norm_layers(model):
-        raise UserError(
-            f"observer.net={settings.net} with norm={settings.norm} has no BatchNorm layer to align: use observer.norm=batch or another net"
-        )
-    synced = config.train.sync_bn and ranks.world > 1
-    if synced:
-        syncbn.synchronize(model)
-    images = open_images(split, config, ranks.device)
-    normalize = normalizer(split.mean, split.std, ranks.device)
+
+def _synced(settings: Given, ranks: Ranks) -> bool:
+    return settings.train.sync_bn and ranks.world_size > 1
+
+
+def _course(settings: Given, split: ShardSplit, context: Context) -> Course:
+    expert, seen, ranks = settings.expert, settings.images, context.ranks
     spec = ViewSpec(
-        size,
-        tuple(settings.crop_scale) if settings.crop_scale else None,
-        settings.crop_padding,
-        config.data.mirror,
-        settings.randaugment,
-        settings.magnitude,
+        seen.resolution,
+        tuple(expert.crop_scale) if expert.crop_scale else None,
+        expert.crop_padding,
+        seen.mirror,
+        expert.randaugment,
+        expert.magnitude,
     )
-    weights = losses.class_weights(split.counts, settings.reweight_power).to(ranks.device)
-    local = sampling.rank_slice(settings.batch_size, ranks.rank, ranks.world)
-    # Engines average over ranks; slices may differ by one image, so each loss is weighted by its share.
-    share = (local.stop - local.start) * ranks.world / settings.batch_size
-    # After its first step DDP lays its buckets out anew, unless it looks for unused parameters; with three or more ranks the
-    # order of additions depends on the layout, and a resumed run would start with the first layout again.
-    unused = not debiased or settings.debias == 0 or ranks.world > 2
-    largest = -(-settings.batch_size // ranks.world)  # parts must be as many on every rank
-    parts = (
-        min(-(-largest // config.train.micro_batch), settings.batch_size // ranks.world)
-        if config.train.micro_batch
-        else 1
-    )
-    trainer = engine.make(
-        _Training(model), settings, config.train, ranks, context.checkpoints(), unused, parts
-    )
-    views, steps = 2 if debiased else 1, len(split) // settings.batch_size
-    begin, history, running = (
-        0,
-        [],
-        torch.zeros(3, device=ranks.device),
-    )  # this rank's share of the epoch's losses
-    saved = trainer.load()
-    if saved:
-        begin, state = saved
-        history = state["history"]
-        _restore_own(model, running, state["own"], ranks)
-        context.say(f"{role}: resumed at step {begin} of {steps * settings.epochs}")
-    step, total = begin, steps * settings.epochs
-    progress = context.progress(role, total, "steps", begin, stops=False)
-    watched: tuple[int, torch.Tensor, np.ndarray] | None = None
-    model.train()
-    while step < total:
-        epoch, first = divmod(step, steps)
-        plans = batches.EpochPlans(settings, spec, images, seed, epoch, first, steps, ranks, views)
-        stream = images.stream(plans, spec)
-        for k in range(first, steps):
-            pictures = [normalize(next(stream)) for _ in range(views**2)]
-            chosen = [plans.chosen(k, s)[local] for s in range(views)]
-            labels = [
-                F.one_hot(torch.from_numpy(images.labels[c]).to(ranks.device), num_classes).float()
-                for c in chosen
-            ]
-            torch.manual_seed(torch_seed(seed, "dropout", step, ranks.rank))
-            x, y = (
-                batches.mix(pictures, labels, rng(seed, "mix", epoch, k))
-                if debiased
-                else (pictures[0], labels[0])
-            )
-            if ranks.device.type == "cuda":
-                x = x.contiguous(memory_format=torch.channels_last)
-            _check_finite(role, watched, split, trainer)
-            found = torch.zeros(3, device=ranks.device)
-            cut = batches.pieces(x, y, views, parts)
-            for number, (xs, ys, part) in enumerate(cut):
-                last = number == len(cut) - 1
-                values = _loss(
-                    trainer.forward(xs, last),
-                    ys,
-                    settings,
-                    debiased,
-                    weights,
-                    (epoch + 1) / settings.epochs,
-                )
-                trainer.backward(values[0] * (share * part), last)
-                found += values.detach() * part
-            watched = (step, found, np.concatenate(chosen))
-            trainer.step(learning_rate(settings, step / steps))
-            running += found * (share / ranks.world / steps)
-            step += 1
-            if k == steps - 1:
-                entry = ranks.sum_(running).tolist()
-                history.append(
-                    {"epoch": epoch, "loss": entry[0], "debias": entry[1], "robust": entry[2]}
-                )
-                running.zero_()
-            progress.update(step, f"loss {history[-1]['loss']:.3f}" if history else "")
-            stop, due = ranks.agree(signals.requested(), trainer.due())
-            if (stop or due) and step < total:
-                _check_finite(role, watched, split, trainer)
-                trainer.save(
-                    step, {"history": history, "own": ranks.gather(_own(model, running))}, wait=stop
-                )
-                if stop:
-                    raise signals.Preempted(f"request at step {step} of {role}")
-    _check_finite(role, watched, split, trainer)
-    trainer.finish()
-    if not synced:
-        average_buffers(model, ranks)
-    model.eval()
-    facts: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.backbone.parameters()),
-        "steps": total,
-    }
-    if "val" in split.manifest["splits"]:
-        facts["val_top1"] = round(
-            accuracy(model, ShardSplit(context.input("shard"), "val"), config, normalize, ranks), 2
-        )
-        context.say(f"{role}: {facts['val_top1']:.1f} % on validation images")
-    if ranks.first:
-        tensors.save(
-            context.out / "weights.pt",
-            {
-                "recipe": recipe,
-                "model": {k: v.cpu().contiguous() for k, v in model.state_dict().items()},
-            },
-        )
-        files.write_json(context.out / "log.json", history)
-    return facts
-
-
-def _check_finite(
-    role: str, watched: tuple[int, torch.Tensor, np.ndarray] | None, split: ShardSplit, trainer
-) -> None:
-    """Raise `UserError` where the loss of a step is not finite. Asked a step late, when a GPU has long known it."""
-    if watched is None or math.isfinite(float(watched[1][0])):
-        return
-    step, found, chosen = watched
-    names = split.names
-    trainer.finish()  # the last save may be on its way
-    last = max(
-        (int(p.name.split("-")[1].split(".")[0]) for p in trainer.folder.glob("step-*")),
-        default=None,
-    )
-    kept = (
-        f"the last good checkpoint is of step {last}"
-        if last is not None
-        else "there is no checkpoint yet"
-    )
-    raise UserError(
-        f"{role}: the loss is {float(found[0])} at step {step}, on {', '.join(names[i] for i in chosen[:3])} and {len(chosen) - 3} more; {kept}. "
-        f"Lower {role}.lr, or set train.clip (1.0, say)"
+    return Course(
+        images=open_images(split, seen, ranks.device, context.workers),
+        spec=spec,
+        seed=_seed(settings),
+        batch_size=expert.batch_size,
+        resample_power=expert.resample_power,
+        views=2 if settings.train.debias else 1,
+        ranks=ranks,
     )
 
 
-def _own(model: nn.Module, running: torch.Tensor) -> dict[str, Any]:
-    """What differs between ranks: BN running statistics and the part of the epoch's loss."""
-    return {"buffers": {k: v.cpu() for k, v in model.named_buffers()}, "running": running.cpu()}
+def _objective(settings: Given, split: ShardSplit, ranks: Ranks) -> Objective:
+    expert = settings.expert
+    weights = class_weights(split.counts, expert.reweight_power).to(ranks.device)
+    return Objective(settings.train.debias, expert.debias, expert.contrast, weights)
 
 
-def _restore_own(model: nn.Module, running: torch.Tensor, own: list[dict], ranks) -> None:
-    """This rank's own state; after a change of world size the mean of the statistics and an equal part of the loss."""
-    buffers = dict(model.named_buffers())
-    if len(own) == ranks.world:
-        running.copy_(own[ranks.rank]["running"])
-        for name, value in own[ranks.rank]["buffers"].items():
-            buffers[name].copy_(value)
-        return
-    running.copy_(torch.stack([o["running"] for o in own]).sum(0) / ranks.world)
-    for name in own[0]["buffers"]:
-        values = torch.stack([o["buffers"][name] for o in own])
-        buffers[name].copy_(values.mean(0) if values.is_floating_point() else values[0])
+def _setup(settings: Given, ranks: Ranks) -> engine.Setup:
+    expert, train = settings.expert, settings.train
+    number = 1
+    if train.micro_batch:  # as many on every rank, though their parts may differ by one image
+        largest = -(-expert.batch_size // ranks.world_size)
+        smallest = expert.batch_size // ranks.world_size
+        number = min(-(-largest // train.micro_batch), smallest)
+    # After its first step DDP lays its buckets out anew, unless it looks for unused parameters.
+    # With three or more ranks the order of additions depends on the layout, and a resumed run
+    # would start with the first layout again.
+    unused = not train.debias or expert.debias == 0 or ranks.world_size > 2
+    return engine.Setup(expert, train, unused, number, settings.deepspeed)

@@ -18,10 +18,12 @@ def _block(positions: int) -> int:
 
 
 def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ x and Σ x² over the positions of each image and channel, float64 [n, C], for x [n, C, H, W].
+    """Σ x and Σ x² over the positions of each image and channel of x [n, C, H, W]: float64 [n, C].
 
-    On a CPU blocks of at most 256 positions are added in float32 (squares as a norm, which torch reduces as fast as it reads) and the blocks in
-    float64: 4 times (7 × 7 positions) to 50 times (32 × 32) as fast as a float64 reduction, and the rounding, about 1e-7 of a block, is that of the activations themselves.
+    On a CPU blocks of at most 256 positions are added in float32 (squares as a norm, which torch
+    reduces as fast as it reads) and the blocks in float64: 4 times (7 × 7 positions) to 50 times
+    (32 × 32) as fast as a float64 reduction. The rounding, about 1e-7 of a block, is that of the
+    activations themselves.
     """
     n, c, h, w = x.shape
     if x.device.type != "cpu":
@@ -37,14 +39,15 @@ def position_sums(x: Tensor) -> tuple[Tensor, Tensor]:
 def fair_statistics(moments: Tensor, variance: str) -> tuple[Tensor, Tensor]:
     """Mean and variance, float64 [C], of the population in which every class weighs the same.
 
-    `moments` float64 [K, 1 + 2C] holds each class's count, sums and sums of squares. ``mixture``: var = mean_c E_c[x²] − μ², exact for
-    the class-balanced population; ``within``: mean_c σ²_c, which leaves out the spread between classes. Raises `UserError` for a class
-    without images.
+    `moments` float64 [K, 1 + 2C] holds each class's count, sums and sums of squares. ``mixture``:
+    var = mean_c E_c[x²] − μ², exact for the class-balanced population; ``within``: mean_c σ²_c,
+    which leaves out the spread between classes. Raises `UserError` for a class without images.
     """
     count, channels = moments[:, :1], (moments.shape[1] - 1) // 2
     if (count == 0).any():
         raise UserError(
-            f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; it cannot have statistics"
+            f"calibrate: class {int((count[:, 0] == 0).nonzero()[0])} has no images; "
+            "it cannot have statistics"
         )
     means, squares = moments[:, 1 : 1 + channels] / count, moments[:, 1 + channels :] / count
     mean = means.mean(0)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache
+from textwrap import shorten
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime.ranks import torch_seed
 
-CONVNETS = {"convnet3": 3, "convnet4": 4}
+CONVNETS = {"convnet3": 3, "convnet4": 4}  # name → depth
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
@@ -17,9 +29,11 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 
 class ConvNet(nn.Sequential):
-    """The field's ConvNet: `depth` blocks of 3×3 convolution, normalisation, ReLU, 2×2 average pooling (DC, ICLR 2021).
+    """The field's ConvNet (DC, ICLR 2021): `depth` blocks of 3×3 convolution, normalisation, ReLU
+    and 2×2 average pooling.
 
-    Instance normalisation is GroupNorm with one channel a group, as in the reference implementation (affine, no running statistics).
+    Instance normalisation is GroupNorm with one channel a group, as in the reference
+    implementation (affine, no running statistics).
     """
 
     def __init__(self, depth: int, width: int, norm: str, resolution: int):
@@ -35,12 +49,13 @@ class ConvNet(nn.Sequential):
         self.num_features = width * (resolution // 2**depth) ** 2
         if not self.num_features:
             raise UserError(
-                f"convnet{depth} needs images of at least {2**depth} pixels, data.resolution is {resolution}"
+                f"convnet{depth} needs images of at least {2**depth} pixels, "
+                f"data.resolution is {resolution}"
             )
 
 
 class _Block(nn.Module):
-    """Basic block of the CIFAR ResNets with the parameter-free shortcut (option A) of He et al. 2016."""
+    """Basic block of the CIFAR ResNets (He et al. 2016), with the parameter-free shortcut A."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -82,23 +97,24 @@ class ResNet32(nn.Sequential):
                 nn.init.kaiming_normal_(m.weight)
 
 
-def _without_head(net: nn.Module) -> nn.Module:
+def _without_head(name: str, net: nn.Module) -> nn.Module:
     """A torchvision classifier up to its last linear layer, `num_features` noted."""
-    name, last = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, leaf = name.rpartition(".")
-    holder = net.get_submodule(parent)
-    if isinstance(holder, nn.Sequential):
-        holder[int(leaf) if leaf.isdigit() else list(dict(holder.named_children())).index(leaf)] = (
-            nn.Identity()
-        )
-    else:
-        setattr(holder, leaf, nn.Identity())
+    linear = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise UserError(f"{name} does not end in a linear layer: choose another net")
+    place, last = linear[-1]
+    parent, _, leaf = place.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, nn.Identity())
     net.num_features = last.in_features
     return net
 
 
 def backbone(name: str, width: int, norm: str, resolution: int) -> nn.Module:
-    """A feature extractor [n, 3, R, R] → [n, num_features]. Raises `UserError` for an unknown name."""
+    """A feature extractor [n, 3, R, R] → [n, num_features].
+
+    `width` and `norm` ("instance" or "batch") shape ConvNets only. Raises `UserError` for an
+    unknown name.
+    """
     if name in CONVNETS:
         return ConvNet(CONVNETS[name], width, norm, resolution)
     if name == "resnet32":
@@ -109,26 +125,88 @@ def backbone(name: str, width: int, norm: str, resolution: int) -> nn.Module:
         net = torchvision.models.resnet18()
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         net.maxpool = nn.Identity()
-        return _without_head(net)
+        return _without_head(name, net)
     if name not in torchvision.models.list_models(torchvision.models):
         raise UserError(
-            f"unknown net {name!r}: one of {', '.join(CONVNETS)}, resnet32, resnet18_cifar, or a torchvision classifier such as resnet50"
+            f"unknown net {name!r}: one of {', '.join(CONVNETS)}, resnet32, resnet18_cifar, or a "
+            "torchvision classifier such as resnet50"
         )
-    kwargs = (
-        {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    two_outputs = name in ("googlenet", "inception_v3")
+    kwargs = {"aux_logits": False, "init_weights": True} if two_outputs else {}
+    return _without_head(name, torchvision.models.get_model(name, weights=None, **kwargs))
+
+
+def check(net: str, width: int, norm: str, resolution: int) -> None:
+    """Raise `UserError` where there is no such net, or it cannot take images of this resolution.
+
+    Nothing is computed: the network is built, and shown two images, on the meta device.
+    """
+    reason = _trial(net, width, norm, resolution)
+    if reason:
+        raise UserError(
+            f"{net} cannot take images of {resolution} pixels: {reason}; "
+            "raise data.resolution or choose another net"
+        )
+
+
+@contextmanager
+def on_meta(net: str) -> Generator[None]:
+    """Networks built here have shapes but no data: their weights and buffers are meta tensors.
+
+    (Not by ``torch.device("meta")`` for torchvision's: RegNet computes its widths with tensors.)
+    """
+    if net in CONVNETS:  # of any width, even one that no machine could hold
+        with torch.device("meta"):
+            yield
+        return
+
+    def weight(_: nn.Module, __: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        return None if value is None else nn.Parameter(value.to("meta"), value.requires_grad)
+
+    def buffer(_: nn.Module, __: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to("meta")
+
+    handles = (  # of every module that is made, whoever makes it
+        register_module_parameter_registration_hook(weight),  # ty: ignore[invalid-argument-type]
+        register_module_buffer_registration_hook(buffer),  # ty: ignore[invalid-argument-type]
     )
-    return _without_head(torchvision.models.get_model(name, weights=None, **kwargs))
+    try:
+        with torch.random.fork_rng(devices=[]):  # some weights are drawn before they get here
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@cache
+def _trial(net: str, width: int, norm: str, resolution: int) -> str:
+    """Why `net` cannot take images [2, 3, R, R], empty where it can."""
+    with on_meta(net):
+        model = TwoHeads(backbone(net, width, norm, resolution), 2, 0).eval()
+    try:
+        with torch.no_grad():
+            model(torch.empty(2, 3, resolution, resolution, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return shorten(str(error) or type(error).__name__, 120).rstrip(".!")
+    return ""
+
+
+def width_of(features: nn.Module) -> int:
+    """How many features a backbone gives for an image."""
+    return cast(int, features.num_features)
 
 
 class TwoHeads(nn.Module):
-    """An expert: backbone, the plain head `fc`, the rebalanced head `fc_cb`, and SimSiam's projector and predictor.
+    """An expert: backbone, the plain head `fc`, the rebalanced head `fc_cb`, and SimSiam's
+    projector and predictor (`projection` wide; 0: none).
 
-    `forward` gives the logits of `fc_cb`, the head used after training; `heads` gives all that training needs.
+    `forward` gives the logits of `fc_cb`, the head used after training, [n, C]; `heads` gives all
+    that training needs.
     """
 
     def __init__(self, features: nn.Module, num_classes: int, projection: int):
         super().__init__()
-        self.backbone, d = features, features.num_features
+        self.backbone, d = features, width_of(features)
         self.fc, self.fc_cb = nn.Linear(d, num_classes), nn.Linear(d, num_classes)
         if projection:
             self.projector = nn.Sequential(
@@ -148,7 +226,10 @@ class TwoHeads(nn.Module):
         return self.fc_cb(self.backbone(x))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(logits of fc, logits of fc_cb, projection z, prediction p), the last two None without a projector."""
+        """(logits of fc, logits of fc_cb, projection z, prediction p).
+
+        The last two are None without a projector.
+        """
         f = self.backbone(x)
         z = self.projector(f) if hasattr(self, "projector") else None
         return self.fc(f), self.fc_cb(f), z, None if z is None else self.predictor(z)
@@ -159,44 +240,17 @@ class Student(nn.Module):
 
     def __init__(self, features: nn.Module, num_classes: int):
         super().__init__()
-        self.backbone, self.fc = features, nn.Linear(features.num_features, num_classes)
+        self.backbone, self.fc = features, nn.Linear(width_of(features), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.backbone(x))
 
 
-def seeded(build, *key: int | str) -> nn.Module:
+def seeded(build: Callable[[], M], *key: int | str) -> M:
     """`build()` with initial weights that depend on the key alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(*key))
         return build()
-
-
-class Network:
-    """What a saved network is made of, so that another stage can build it again: the recipe travels with the weights."""
-
-    @staticmethod
-    def describe(name: str, width: int, norm: str, resolution: int, num_classes: int) -> dict:
-        return {
-            "net": name,
-            "width": width,
-            "norm": norm,
-            "resolution": resolution,
-            "num_classes": num_classes,
-        }
-
-    @staticmethod
-    def build(recipe: dict, weights: dict) -> TwoHeads:
-        """The expert of a saved recipe, frozen and in eval mode, without what only training needed."""
-        model = TwoHeads(
-            backbone(recipe["net"], recipe["width"], recipe["norm"], recipe["resolution"]),
-            recipe["num_classes"],
-            0,
-        )
-        model.load_state_dict(
-            {k: v for k, v in weights.items() if not k.startswith(("projector", "predictor"))}
-        )
-        return model.eval().requires_grad_(False)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -5,14 +5,20 @@ torch's own SyncBatchNorm refuses CPU tensors; this one runs on both.
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _Normalize(torch.autograd.Function):
-    """x [n, C, …] → (x − mean) / sqrt(var + eps) with the mean and biased variance over all ranks; also mean, var [C] and the global count."""
+    """x [n, C, …] → (x − mean) / sqrt(var + eps) with the mean and biased variance over all ranks;
+    also mean, var [C] and the global count."""
 
     @staticmethod
     def forward(
@@ -20,11 +26,11 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
         flat = flat.float()
-        local = torch.full(
-            (1,), float(flat.shape[0] * flat.shape[2]), device=x.device
-        )  # not a copy from the host, which would wait for the device
+        # Not a copy from the host, which would wait for the device.
+        local = torch.full((1,), float(flat.shape[0] * flat.shape[2]), device=x.device)
         mean = flat.mean(2).mean(0)
-        # Each rank's second moment is about its own mean: no large numbers cancel. The ranks' are joined in float64.
+        # Each rank's second moment is about its own mean: no large numbers cancel. The ranks' are
+        # joined in float64.
         square = (torch.linalg.vector_norm((flat - mean[:, None]), dim=2) ** 2).sum(0)
         sums = torch.cat(
             [local.double(), mean.double() * local, square.double() + mean.double() ** 2 * local]
@@ -38,7 +44,8 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
         x, weight, mean, scale, count = ctx.saved_tensors
         shape = (1, -1) + (1,) * (x.dim() - 2)
         xhat = (x.float() - mean.view(shape)) * scale.view(shape)
@@ -55,7 +62,8 @@ class _Normalize(torch.autograd.Function):
         dx = (grad - mean_grad.view(shape) - xhat * mean_product.view(shape)) * (
             scale * weight
         ).view(shape)
-        # The parameters' gradients are this rank's share: the engine averages over ranks as it does for every other parameter.
+        # The parameters' gradients are this rank's share: the engine averages over ranks as it does
+        # for every other parameter.
         return (
             dx.to(x.dtype),
             own[channels:].to(weight.dtype),
@@ -64,16 +72,19 @@ class _Normalize(torch.autograd.Function):
         )
 
 
-class _Synced:
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+class _Synced(_BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        tracked, mean_of, var_of = self.num_batches_tracked, self.running_mean, self.running_var
+        if not self.training or tracked is None or mean_of is None or var_of is None:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        momentum = cast(float, self.momentum)
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)).float(), self.momentum)
+            tracked += 1
+            mean_of.lerp_(mean, momentum)
+            var_of.lerp_(var * (count / (count - 1)).float(), momentum)
         return y
 
 
@@ -85,8 +96,9 @@ class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
     pass
 
 
-def synchronize(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm of `model` one over all ranks, in place; parameters, buffers and their names stay."""
+def synchronize(model: M) -> M:
+    """Make every BatchNorm of `model` one over all ranks, in place. Parameters, buffers and their
+    names stay."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncedBatchNorm2d

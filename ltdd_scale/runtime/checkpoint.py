@@ -1,4 +1,5 @@
-"""Checkpoints of one piece of work: the numerically newest valid one counts, older ones go once a newer is verified."""
+"""Checkpoints of one piece of work: the numerically newest valid one counts, older ones go once a
+newer is verified."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ from ltdd_scale.runtime import signals, tensors
 class Checkpoints:
     """``step-000000000120.pt`` files in `folder`, written by one rank and read by all.
 
-    `owner` (the fingerprint of the work) is stored inside, and a checkpoint of other work is refused. At least `keep` valid
+    `owner` (the fingerprint of the work) is stored inside, and a checkpoint of other work is
+    refused. At least `keep` valid
     ones stay. `seconds` is the time between saves that `due` asks for.
 
-    `save` copies the state and returns; a thread writes, verifies and prunes. What went wrong there is raised by the next `save` or by `wait`.
+    `save` copies the state and returns; a thread writes, verifies and prunes. What went wrong there
+    is raised by the next `save` or by `wait`.
     """
 
     def __init__(self, folder: str | Path, owner: str, seconds: float, keep: int = 2):
@@ -67,9 +70,11 @@ class Checkpoints:
     def load(
         self, device: Any = "cpu", step: int | None = None
     ) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest valid checkpoint, or None. A damaged one is passed over for the one before.
+        """(step, state) of the newest valid checkpoint, or None. A damaged one is passed over for
+        the one before.
 
-        With `step` that of this step alone, which another rank has found to be valid. Raises `PassingError` where it cannot be read here.
+        With `step` that of this step alone, which another rank has found to be valid. Raises
+        `PassingError` where it cannot be read here.
         """
         self.wait()
         if step is not None:
@@ -81,7 +86,8 @@ class Checkpoints:
                 continue
             if saved["owner"] != self.owner:
                 raise UserError(
-                    f"{path} belongs to other work ({saved['owner']}, not {self.owner}); delete it or choose another --store"
+                    f"{path} belongs to other work ({saved['owner']}, not {self.owner}); delete it "
+                    "or choose another --store"
                 )
             return saved["step"], saved["state"]
         return None

@@ -1,14 +1,15 @@
-"""What a stage is given: its folder, its inputs, its peers, and a voice."""
+"""What a stage needs at run time: its folder, its inputs, the process group, logging."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltdd_scale.runtime import signals
+from ltdd_scale.runtime import files, progress, signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.runtime.ranks import Ranks
@@ -16,51 +17,66 @@ from ltdd_scale.runtime.ranks import Ranks
 
 @dataclass
 class Context:
-    """`out` is the stage's own folder; `inputs` maps the names of earlier stages to theirs."""
+    """`out` is the stage's own folder; `inputs` maps what the stage asks for to folders.
+
+    `owner` is the fingerprint of the work. `part` (k, n): of the stage's pieces only the k-th of n
+    shares; other jobs see to the others. `location` tells where the real images lie
+    (`data.settings.Location`). Nothing here may change a result.
+    """
 
     ranks: Ranks
     out: Path
     inputs: dict[str, Path]
-    fingerprint: str
-    checkpoint_seconds: float
+    owner: str
+    checkpoint_seconds: float = 60.0
+    workers: int = 4
     quiet: bool = False
-    auto_ranks: bool = field(
-        default=True
-    )  # nobody asked for this number of ranks: too many are idle, not an error
-    part: tuple[int, int] | None = (
-        None  # (k, n): of the stage's pieces only the k-th of n shares; other jobs see to the others
-    )
+    part: tuple[int, int] | None = None
+    location: Any = None
 
-    def share(self, pieces: Sequence[Any]) -> list[Any]:
+    @property
+    def world_size(self) -> int:
+        """Ranks at work on this stage, in all parts of it."""
+        return self.ranks.world_size * (self.part or (0, 1))[1]
+
+    def mine(self, pieces: Sequence[Any]) -> list[Any]:
         """This rank's pieces of work: every n-th, n counting the ranks of all parts."""
-        (k, n), ranks = self.part or (0, 1), self.ranks
-        return list(pieces[k * ranks.world + ranks.rank :: n * ranks.world])
+        first = (self.part or (0, 1))[0] * self.ranks.world_size + self.ranks.rank
+        return list(pieces[first :: self.world_size])
 
     def input(self, name: str) -> Path:
         return self.inputs[name]
 
     def say(self, text: str) -> None:
-        if self.ranks.first and not self.quiet:
+        if self.ranks.is_main and not self.quiet:
             print(f"  {text}", file=sys.stderr, flush=True)
 
     def progress(
         self, title: str, total: int, unit: str, done: int = 0, stops: bool = True
     ) -> Progress:
-        """`stops`: each update is a place where work may stop on a signal, because what is done is on the disk or quickly done again."""
+        """`stops`: each update is a place where work may stop on a signal, because what is done is
+        on the disk or quickly done again. Rank 0 writes the progress file too."""
+        name = progress.NAME if self.part is None else f".part-{self.part[0]}{progress.NAME}"
         return Progress(
             title,
             total,
             unit,
-            self.quiet or not self.ranks.first,
+            self.quiet or not self.ranks.is_main,
             done,
             signals.check if stops else lambda: None,
+            self.out / name if self.ranks.is_main and self.out.is_dir() else None,
         )
 
     def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
-        # What a GPU began in bfloat16 is not gone on with in float32: with precision "auto" the fingerprint does not tell them apart.
-        precision = (
-            ""
-            if self.ranks.autocast_dtype is None
-            else f" in {str(self.ranks.autocast_dtype).removeprefix('torch.')}"
-        )
-        return Checkpoints(self.out / name, self.fingerprint + precision, self.checkpoint_seconds)
+        # What a GPU began in bfloat16 is not gone on with in float32: with precision "auto" the
+        # fingerprint does not tell them apart.
+        dtype = self.ranks.autocast_dtype
+        precision = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        return Checkpoints(self.out / name, self.owner + precision, self.checkpoint_seconds)
+
+    def log(self, history: Sequence[dict[str, Any]]) -> None:
+        """Write ``log.jsonl`` anew: a line an epoch. Cheap, so called after each."""
+        if self.ranks.is_main and self.out.is_dir():
+            text = "".join(json.dumps(entry) + "\n" for entry in history)
+            files.guard()
+            (self.out / "log.jsonl").write_text(text)

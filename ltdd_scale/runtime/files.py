@@ -7,20 +7,22 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ltdd_scale.errors import PassingError, UserError
 
-# Asked before a file appears under its name: a process that has lost the right to write raises here (see `launch.task`).
+# Asked before a file appears under its name: a process that has lost the right to write raises here
+# (see `launch/clusters/slurm_task.py`).
 guard: Callable[[], None] = lambda: None  # noqa: E731
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when all went well: a crash leaves the old file or the new one, never a torn one."""
+def replacing(path: str | Path) -> Generator[BinaryIO]:
+    """A file to write to, which becomes `path` when all went well: a crash leaves the old file or
+    the new one, never a torn one."""
     path = Path(path)
     tmp = path.with_name(
         f".{path.name}.{os.urandom(6).hex()}.tmp"
@@ -73,25 +75,27 @@ def explain(error: OSError, path: Path) -> UserError:
     """A full disk or a read-only folder, in words."""
     if error.errno == errno.ENOSPC:
         return UserError(
-            f"{path}: no space left on the device; free some and run the same command again: finished work is kept"
+            f"{path}: no space left on the device; free some and run the same command again: "
+            "finished work is kept"
         )
     if (
         error.filename is not None
         and Path(error.filename).parent != path.parent
         and path not in Path(error.filename).parents
     ):
-        return kind(error)(
-            f"{error.filename}: {error.strerror or error}"
-        )  # something that was read, not what was being written
+        # Something that was read, not what was being written.
+        return kind(error)(f"{error.filename}: {error.strerror or error}")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(
-            f"{path}: cannot write here ({error.strerror}); choose another folder with --out and --store"
+            f"{path}: cannot write here ({error.strerror}); choose another folder with --out "
+            "and --store"
         )
     return kind(error)(f"{path}: {error.strerror or error}")
 
 
 def lock(fd: int, how: int) -> bool:
-    """Lock an open file, or say that another process has it. Raises `UserError` on file systems without locks."""
+    """Lock an open file, or say that another process has it. Raises `UserError` on file systems
+    without locks."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -101,7 +105,8 @@ def lock(fd: int, how: int) -> bool:
             raise
         name = os.readlink(f"/proc/self/fd/{fd}")
         raise UserError(
-            f"{name}: this file system has no flock, which keeps two runs apart: mount it with locks (Lustre: -o flock) or choose another --store"
+            f"{name}: this file system has no flock, which keeps two runs apart: mount it "
+            "with locks (Lustre: -o flock) or choose another --store"
         ) from None
     return True
 

@@ -11,14 +11,16 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ltdd_scale.errors import UserError
+from ltdd_scale.errors import PeerLost, UserError
 from ltdd_scale.runtime import files, place, signals
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass
@@ -26,21 +28,21 @@ class Ranks:
     """This process among its peers."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     autocast_dtype: torch.dtype | None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -48,21 +50,23 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        boxes: list[Any] = [None] * self.world
+        boxes: list[Any] = [None] * self.world_size
         dist.all_gather_object(boxes, value)
         return boxes
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All-reduce in place. Exact, and so independent of the number of ranks, where all but one rank hold zeros."""
-        if self.world > 1:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place. Exact, and so independent of the number of ranks, where all but one
+        rank hold zeros."""
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """For each wish, whether any rank has it: the same answer on every rank, in one small reduction on the CPUs."""
-        if self.world == 1:
+        """For each wish, whether any rank has it: the same answer on every rank, in one small
+        reduction on the CPUs."""
+        if self.world_size == 1:
             return wishes
         bits = torch.tensor(
             [sum(1 << k for k, wish in enumerate(wishes) if wish)], dtype=torch.int32
@@ -75,15 +79,17 @@ class Ranks:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def to_device(self, model: torch.nn.Module) -> torch.nn.Module:
+    def to_device(self, model: M) -> M:
         """On the device, channels-last on a GPU (on a CPU oneDNN picks its own layout)."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
 
     def parallel(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        """DDP that leaves buffers alone: by default it would overwrite every rank's BN statistics with rank 0's at each forward."""
+        """DDP that leaves buffers alone: by default it would overwrite every rank's BN statistics
+        with rank 0's at each forward."""
         with warnings.catch_warnings():
-            # torch 2.15 renames the option to one that still synchronises at the start; older releases know only this name.
+            # torch 2.15 renames the option to one that still synchronises at the start; older
+            # releases know only this name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return torch.nn.parallel.DistributedDataParallel(
                 model, broadcast_buffers=False, **options
@@ -91,92 +97,86 @@ class Ranks:
 
 
 def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> Ranks:
-    """Join the process group that the environment describes (torchrun, `ltdd-scale --nproc`, a SLURM step), or be alone.
+    """Join the process group that the environment describes (torchrun, `--nproc`, a SLURM step),
+    or be alone.
 
     The tasks of a SLURM step find each other by a note in the shared folder `meeting`.
     Raises `UserError` for a half-set environment and for a GPU that is not there.
     """
-    place.adopt()
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in zip(place.TORCHRUN, (0, 1, 0), strict=True)
-    )
-    kind = (
-        "cuda"
-        if device == "auto" and torch.cuda.is_available()
-        else "cpu"
-        if device == "auto"
-        else device
-    )
+    here = place.here()
+    kind = _kind(device)
+    local = here.local_rank
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, or check the driver"
-            )
-        if place.in_step() and torch.cuda.device_count() == 1:
+        if here.in_step and torch.cuda.device_count() == 1:
             local = 0  # SLURM shows each task its own GPU only
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc"
-            )
-        torch.cuda.set_device(local)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.matmul.allow_tf32 = (
-            False  # crops are matrix products, and their pixels want float32
-        )
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
+        _prepare_gpu(here.rank, local, precision)
     torch.set_num_threads(threads)
-    if world > 1 and not dist.is_initialized():
-        # Long: rank 0 may shard for hours while the others wait. A dead peer is the launcher's business.
-        timeout = datetime.timedelta(days=2)
-        if place.in_step():
-            store = place.meeting = _meet(meeting, rank, world, timeout)
-        else:
-            store, _, _ = next(
-                dist.rendezvous(
-                    os.environ.get("LTDD_RENDEZVOUS", "env://"), rank, world, timeout=timeout
-                )
-            )
-        # torchrun keeps its store when it restarts workers; without a prefix they would look for their dead predecessors' addresses, and wait.
-        store = dist.PrefixStore(
-            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    if here.world_size > 1 and not dist.is_initialized():
+        _join_group(here, kind, meeting)
+    auto = "bfloat16" if kind == "cuda" else "float32"
+    dtype = torch.bfloat16 if (auto if precision == "auto" else precision) == "bfloat16" else None
+    on = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    return Ranks(here.rank, here.world_size, on, dtype)
+
+
+def _kind(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, "
+            "or check the driver"
         )
-        dist.init_process_group(
-            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
-            store=store,
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
-    wants = (
-        "bfloat16"
-        if precision == "auto" and kind == "cuda"
-        else "float32"
-        if precision == "auto"
-        else precision
-    )
-    return Ranks(
-        rank,
-        world,
-        torch.device(kind, local) if kind == "cuda" else torch.device("cpu"),
-        torch.bfloat16 if wants == "bfloat16" else None,
+    return device
+
+
+def _prepare_gpu(rank: int, local: int, precision: str) -> None:
+    if local >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UserError(f"rank {rank} wants GPU {local}, but there are {there}: lower --nproc")
+    torch.cuda.set_device(local)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False  # crops are matrix products in float32
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+
+
+def _join_group(here: place.Place, kind: str, meeting: Path) -> None:
+    # Long: rank 0 may shard for hours while the others wait. A dead peer is its launcher's
+    # business.
+    timeout = datetime.timedelta(days=2)
+    if here.in_step:
+        store = place.meeting = _meet(meeting, here, timeout)
+    else:
+        address = here.rendezvous or "env://"
+        meet = dist.rendezvous(address, here.rank, here.world_size, timeout=timeout)
+        store, _, _ = next(meet)
+    # torchrun keeps its store when it restarts workers. Without a prefix they would look for the
+    # addresses of their dead predecessors, and wait.
+    store = dist.PrefixStore(f"attempt {here.elastic_attempt}", store)
+    dist.init_process_group(
+        "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=timeout,
     )
 
 
-def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
-    """A store on a free port of rank 0, which is told in the shared folder: a port that is guessed may be in use."""
+def _meet(folder: Path, here: place.Place, timeout: datetime.timedelta) -> dist.Store:
+    """A store on a free port of rank 0, which it tells in the shared folder: a guessed port may be
+    in use."""
     note = place.note_of(folder)
-    if rank == 0:
-        host = os.environ.get("SLURMD_NODENAME", "")
+    if here.is_main:
+        host = here.node
         try:
             socket.getaddrinfo(host or None, 0)
         except OSError:
             host = ""
         host = host or socket.gethostname()
         store = dist.TCPStore(
-            host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False
+            host, 0, here.world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(note, f"{host} {store.port}")
@@ -184,16 +184,26 @@ def _meet(folder: Path, rank: int, world: int, timeout: datetime.timedelta) -> d
     for waited in range(3000):
         if note.exists():
             host, port = note.read_text().split()
-            return dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
+            return dist.TCPStore(host, int(port), here.world_size, is_master=False, timeout=timeout)
         if waited % 50 == 49:
             signals.check()
-            os.listdir(
-                folder
-            ) if folder.exists() else None  # a network file system may remember for long that a file is not there
+            # A network file system may remember for long that a file is not there.
+            os.listdir(folder) if folder.exists() else None
         time.sleep(0.1)
     raise UserError(
-        f"rank {rank} has waited 5 minutes for rank 0's note {note}: is the store on a file system that all nodes share?"
+        f"rank {here.rank} has waited 5 minutes for rank 0's note {note}: is the store on a file "
+        "system that all nodes share?"
     )
+
+
+def peer_lost(error: RuntimeError) -> PeerLost | None:
+    """`error` as a lost peer, or None where it is something else. What torch says of a peer that
+    is gone is read here and nowhere else."""
+    said = str(error)
+    if isinstance(error, dist.DistError) or "peer" in said or "onnection" in said:
+        reason = said.splitlines()[0][:120]
+        return PeerLost(f"rank {place.here().rank} lost its peers: {reason}")
+    return None
 
 
 def leave() -> None:
@@ -202,7 +212,8 @@ def leave() -> None:
 
 
 def rng(*key: int | str) -> np.random.Generator:
-    """A counter-based generator keyed by (seed, purpose, epoch, …): the same numbers on any rank, after any resume."""
+    """A counter-based generator keyed by (seed, purpose, epoch, …): the same numbers on any rank,
+    after any resume."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 

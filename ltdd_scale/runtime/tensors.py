@@ -16,7 +16,8 @@ _SEAL = b"LTDD-sha256:"  # a sealed file ends in this and the 32-byte digest of 
 
 
 def snapshot(value: Any) -> Any:
-    """`value` with every tensor copied to the CPU: what a thread can write while training goes on."""
+    """`value` with every tensor copied to the CPU: what a thread can write while training goes
+    on."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -41,7 +42,8 @@ def is_whole(content: bytes) -> bool:
 
 
 def load(path: str | Path, device: Any = "cpu") -> Any:
-    """Read what `save` wrote. Raises `UserError` where the bytes are not those that were written."""
+    """Read what `save` wrote. Raises `UserError` where the bytes are not those that were
+    written."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -30,6 +30,7 @@ def start(
     env: dict | None = None,
     seconds: float = 0,
     sets: tuple[str, ...] = (),
+    more: tuple[str, ...] = (),
 ) -> subprocess.Popen:
     """`ltdd-scale run` on two ranks, in a session of its own."""
     clean = {
@@ -47,6 +48,7 @@ def start(
         str(folder / "run"),
         "--nproc",
         "2",
+        *more,
         "--set",
         f"runtime.checkpoint_seconds={seconds}",
         *sets,
@@ -101,7 +103,7 @@ def calm(tmp_path_factory) -> tuple[Path, Path]:
 # (what, where, the how-manieth, signal, whom), rank; None is the launcher.
 CHOSEN = [
     ("import:torch:1:TERM:me", 0),  # before there is anything to save
-    ("import:ltdd_scale.launch.local:1:USR2:me", None),
+    ("import:ltdd_scale.launch.run:1:USR2:me", None),
     ("fsync:shard:2:TERM:me", 0),
     ("replace:manifest:1:KILL:me", 0),
     ("import:torch.distributed:1:KILL:all", 1),
@@ -113,10 +115,10 @@ CHOSEN = [
     ("replace:weights:1:KILL:all", 0),  # trained to the end, not yet told
     ("replace:log.json:1:KILL:me", 0),
     ("fsync:calibrate:1:TERM:me", 0),
-    ("replace:initialize:3:KILL:me", 1),
+    ("replace:initialize:2:KILL:me", 0),
     ("replace:chunk-:1:KILL:me", 1),  # between chunks, one rank only
     ("replace:recover:1:TERM:me", 0),  # whatever of it is left to do
-    ("replace:relabel:1:KILL:me", 1),
+    ("replace:relabel:1:KILL:me", 0),
     ("fsync:student:1:KILL:all", 0),
     ("replace:stage.json:1:KILL:me", 0),  # done but for the last rename
 ]
@@ -273,7 +275,7 @@ def test_a_full_disk_and_then_a_larger_one(calm, tmp_path):
     store.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(store)], check=True)
     try:
-        process = start(calm[0], tmp_path)
+        process = start(calm[0], tmp_path, more=("--force",))
         assert process.wait(timeout=200) == 1, log_of(tmp_path)
         said = [line for line in log_of(tmp_path).splitlines() if line.startswith("error: ")]
         assert (

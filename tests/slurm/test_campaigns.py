@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, cli, digests
-from slurm_tools import DRAG, until
-
-from ltdd_scale.launch import slurm
+from slurm_tools import DRAG, occupy, queue, until
 
 pytestmark = pytest.mark.slow
 PROFILE = """
@@ -29,112 +27,59 @@ env: {more}
 
 def profile(folder: Path, more: str = "", **env: str) -> Path:
     path = folder / "profile.yaml"
-    path.write_text(
-        PROFILE.format(more=json.dumps({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **env}))
-        + more
-    )
+    values = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **env}
+    path.write_text(PROFILE.format(more=json.dumps(values)) + more)
     return path
 
 
+def on_slurm(path: Path) -> list:
+    return ["--cluster", "slurm", "--profile", path]
+
+
+def one(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def where(folder: Path, run: str, store: str) -> list:
+    return ["--out", folder / run, "--store", folder / store]
+
+
 def test_four_ranks_on_two_nodes_make_what_four_ranks_on_one_machine_make(nodes, tmp_path, tiny):
-    here = cli(
-        "train",
-        "observer",
-        tiny,
-        "--out",
-        tmp_path / "here",
-        "--store",
-        tmp_path / "store1",
-        "--nproc",
-        4,
-    )
+    here = cli("train", "observer", tiny, *where(tmp_path, "here", "store1"), "--nproc", 4)
     assert here.returncode == 0, here.stderr
     path = profile(
         tmp_path, "stages: {observer: {nodes: 2, gpus_per_node: 2}}\narray_parallelism: 2\n"
     )
-    there = cli(
-        "run",
-        tiny,
-        "--out",
-        tmp_path / "there",
-        "--store",
-        tmp_path / "store2",
-        "--cluster",
-        "slurm",
-        "--profile",
-        path,
-    )
+    there = cli("run", tiny, *where(tmp_path, "there", "store2"), *on_slurm(path))
     assert there.returncode == 0, there.stderr
     number = json.loads((tmp_path / "there/jobs/jobs.json").read_text())["ids"]["observer"]
-    shown = subprocess.run(
-        ["scontrol", "show", "job", number], capture_output=True, text=True
-    ).stdout
-    assert "NumNodes=2" in shown and "NumTasks=4" in shown and "TresPerNode=gres:gpu:2" in shown, (
-        shown
-    )
-    done = until(
-        lambda: (
-            (m := list((tmp_path / "store2/experts").glob("*/stage.json")))
-            and any(json.loads(p.read_text())["name"] == "observer" for p in m)
-        ),
-        120,
-        "no observer",
-    )
-    assert done
+    shown = one("scontrol", "show", "job", number)
+    for words in ("NumNodes=2", "NumTasks=4", "TresPerNode=gres:gpu:2"):
+        assert words in shown, shown
+
+    def sealed() -> bool:
+        records = (tmp_path / "store2/experts").glob("*/stage.json")
+        return any(json.loads(p.read_text())["name"] == "observer" for p in records)
+
+    until(sealed, 120, "no observer")
     assert cli("cancel", tmp_path / "there").returncode == 0
     ours, theirs = digests(tmp_path / "store1"), digests(tmp_path / "store2")
     (name,) = [k for k in ours if k.startswith("experts/")]
     assert ours[name] == theirs[name]
-    nodelist = sorted(
-        set(
-            re.findall(
-                r"on (node\d)",
-                "".join(
-                    p.read_text()
-                    for p in (tmp_path / "there/jobs/logs").glob(f"{number}_0_log.err")
-                ),
-            )
-        )
-    )
-    assert nodelist == ["node1"]  # rank 0's
+    (log,) = (tmp_path / "there/jobs/logs").glob(f"{number}_0_log.err")
+    assert set(re.findall(r"on (node\d)", log.read_text())) == {"node1"}  # rank 0's
 
 
 def test_plain_srun_is_enough(nodes, tmp_path, tiny):
     """The tasks of a step find each other by themselves: no launcher of ours, no port to choose."""
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "ltdd_scale",
-        "train",
-        "observer",
-        str(tiny),
-        "--out",
-        str(tmp_path / "there"),
-        "--store",
-        str(tmp_path / "store2"),
-        "--quiet",
-    ]
+    work = ["train", "observer", tiny, *where(tmp_path, "there", "store2"), "--quiet"]
+    command = ["srun", "-N2", "-n2", "--mem=500M", sys.executable, "-m", "ltdd_scale", *work]
     there = subprocess.run(
-        ["srun", "-N2", "-n2", "--mem=500M", *command],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        list(map(str, command)), env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert there.returncode == 0, there.stderr
-    here = cli(
-        "train",
-        "observer",
-        tiny,
-        "--out",
-        tmp_path / "here",
-        "--store",
-        tmp_path / "store1",
-        "--nproc",
-        2,
-    )
+    here = cli("train", "observer", tiny, *where(tmp_path, "here", "store1"), "--nproc", 2)
     assert here.returncode == 0, here.stderr
     assert digests(tmp_path / "store1") == digests(tmp_path / "store2")
 
@@ -142,44 +87,15 @@ def test_plain_srun_is_enough(nodes, tmp_path, tiny):
 def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
     """The distilled set is the same to the byte, whoever starts the ranks."""
     config = ROOT / "configs" / "quickstart.yaml"
-    quick = [
-        "--set",
-        "evaluate.epochs=20",
-        "evaluate.seeds=1",
-        "evaluate.full_epochs=0",
-    ]  # students do not touch the distilled set
-    path = profile(
-        tmp_path,
-        "stages: {observer: {nodes: 2}, teacher: {nodes: 2}, recover: {array: 2}, students: {array: 2}}\n",
-    )
-    there = cli(
-        "run",
-        config,
-        *quick,
-        "--out",
-        tmp_path / "there",
-        "--store",
-        tmp_path / "store2",
-        "--cluster",
-        "slurm",
-        "--profile",
-        path,
-        "--wait",
-        timeout=600,
-    )
-    assert there.returncode == 0, there.stdout + there.stderr
-    here = cli(
-        "run",
-        config,
-        *quick,
-        "--out",
-        tmp_path / "here",
-        "--store",
-        tmp_path / "store1",
-        "--nproc",
-        2,
-        timeout=600,
-    )
+    # Students do not touch the distilled set.
+    quick = ["evaluate.epochs=20", "evaluate.seeds=1", "evaluate.full_epochs=0"]
+    quick = ["--set", *quick, "evaluate.plain=expert"]
+    more = "observer: {nodes: 2}, teacher: {nodes: 2}, recover: {array: 2}, students: {array: 2}"
+    path = profile(tmp_path, f"stages: {{{more}}}\n")
+    there = ["run", config, *quick, *where(tmp_path, "there", "store2"), *on_slurm(path)]
+    done = cli(*there, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    here = cli("run", config, *quick, *where(tmp_path, "here", "store1"), "--nproc", 2)
     assert here.returncode == 0, here.stderr
 
     def images(run: str) -> dict:
@@ -188,19 +104,7 @@ def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
 
     assert len(images("here")) == 100 and images("here") == images("there")
     assert (tmp_path / "there" / "report.html").exists()
-    again = cli(
-        "run",
-        config,
-        *quick,
-        "--out",
-        tmp_path / "there",
-        "--store",
-        tmp_path / "store2",
-        "--cluster",
-        "slurm",
-        "--profile",
-        path,
-    )
+    again = cli(*there)
     assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout
     table = cli("status", tmp_path / "there").stdout
     assert table.count("| done") == 10 and "everything is done" in table, table
@@ -215,130 +119,79 @@ points:
 """
 
 
-def test_a_sweep_with_preemptions_and_a_poisoned_point(nodes, tmp_path, tiny):
-    """2 IF × 2 IPC × 2 seeds, shared experts, two preemptions, one bad point: 7 results, 1 clear failure, no work done twice."""
-    points = [(f, i, s) for f in (3, 6) for i in (2, 4) for s in (0, 1)]
-    lines = [
-        f"  - {{data.imbalance_factor: {f}, ipc: {i}, seed: {s}{', evaluate.lr: 1.0e+30, name: bad' if (f, i, s) == (6, 2, 0) else ''}}}"
-        for f, i, s in points
-    ]
-    (tmp_path / "sweep.yaml").write_text(SWEEP.format(points="\n".join(lines)))
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    out = tmp_path / "sweep"
-    command = [
-        "sweep",
-        tmp_path / "sweep.yaml",
-        "--out",
-        out,
-        "--store",
-        tmp_path / "store",
-        "--cluster",
-        "slurm",
-        "--profile",
-        profile(tmp_path, **{**DRAG, "LTDD_DRAG": "0.05"}),
-    ]
-    begun = cli(*command)
-    assert begun.returncode == 0 and "jobs submitted" in begun.stdout, begun.stdout + begun.stderr
-    until(
-        lambda: list((tmp_path / "store").glob("experts/*/checkpoints/step-*.pt")),
-        120,
-        "nobody trains",
-    )
-    for turn in range(12):  # whoever is at work on a node makes room, unless it ends just then
-        if sum(s.restarts for s in slurm.states().values()) >= 2:
+def sweep_file(folder: Path) -> Path:
+    """2 IF × 2 IPC × 2 seeds, one of which is bad."""
+    lines = []
+    for f, i, s in itertools.product((3, 6), (2, 4), (0, 1)):
+        bad = ", evaluate.lr: 1.0e+30, name: bad" if (f, i, s) == (6, 2, 0) else ""
+        lines.append(f"  - {{data.imbalance_factor: {f}, ipc: {i}, seed: {s}{bad}}}")
+    (folder / "sweep.yaml").write_text(SWEEP.format(points="\n".join(lines)))
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder / "sweep.yaml"
+
+
+def preempt_twice() -> None:
+    """Whoever is at work on a node makes room, unless it ends just then."""
+    for turn in range(12):
+        if sum(s.restarts for s in queue().values()) >= 2:
             break
         node = f"node{turn % 2 + 1}"
-        until(
-            lambda n=node: one(["squeue", "-h", "-t", "R", "-w", n, "-o", "%i"]),
-            120,
-            f"nothing runs on {node}",
-        )
-        wanted = [
-            "sbatch",
-            "--parsable",
-            "-p",
-            "high",
-            "-w",
-            node,
-            "--exclusive",
-            "-c",
-            "4",
-            "-t",
-            "5",
-            "-o",
-            "/dev/null",
-            "--wrap",
-            "sleep 1",
-        ]
-        number = subprocess.run(wanted, capture_output=True, text=True, check=True).stdout.strip()
-        until(
-            lambda n=number: one(["squeue", "-h", "-t", "all", "-j", n, "-o", "%T"]) == "COMPLETED",
-            120,
-            "high did not run",
-        )
-    waited = cli(*command, "--wait", timeout=900)
-    assert waited.returncode == 1 and "nothing to submit" in waited.stdout, (
-        waited.stdout + waited.stderr
-    )
+        runs = ("squeue", "-h", "-t", "R", "-w", node, "-o", "%i")
+        until(lambda runs=runs: one(*runs), 120, f"nothing runs on {node}")
+        state = ("squeue", "-h", "-t", "all", "-j", occupy(node, 1), "-o", "%T")
+        until(lambda state=state: one(*state) == "COMPLETED", 120, "high did not run")
+
+
+def test_a_sweep_with_preemptions_and_a_poisoned_point(nodes, tmp_path):
+    """Shared experts, two preemptions, one bad point: 7 results, 1 clear failure, no work done
+    twice."""
+    out, store = tmp_path / "sweep", tmp_path / "store"
+    path = profile(tmp_path, **{**DRAG, "LTDD_DRAG": "0.05"})
+    command = ["sweep", sweep_file(tmp_path), *where(tmp_path, "sweep", "store"), *on_slurm(path)]
+    begun = cli(*command)
+    assert begun.returncode == 0 and "jobs submitted" in begun.stdout, begun.stdout + begun.stderr
+    until(lambda: list(store.glob("experts/*/checkpoints/step-*.pt")), 120, "nobody trains")
+    preempt_twice()
+    waited = cli(*command, "--wait")
+    said = waited.stdout + waited.stderr
+    assert waited.returncode == 1 and "nothing to submit" in waited.stdout, said
     found = json.loads((out / "results.json").read_text())
-    assert len(found["points"]) == 7 and [m[:8] for m in found["missing"]] == ["- **bad*"], found[
-        "missing"
-    ]
-    assert "lower evaluate.lr" in found["missing"][0]
+    missing = found["missing"]
+    assert len(found["points"]) == 7 and [m[:8] for m in missing] == ["- **bad*"], missing
+    assert "lower evaluate.lr" in missing[0]
     # The failure is clear, stops what needs it and nothing else.
     table = cli("status", out).stdout
     (failed,) = [line for line in table.splitlines() if "| failed" in line]
-    assert "bad/students" in failed and "the loss is" in failed and "lower evaluate.lr" in failed, (
-        failed
-    )
-    assert sorted(
-        line.split("|")[1].strip() for line in table.splitlines() if "| stopped" in line
-    ) == ["bad/evaluate", "bad/report"], table
+    for words in ("bad/students", "the loss is", "lower evaluate.lr"):
+        assert words in failed, failed
+    stopped = [line.split("|")[1].strip() for line in table.splitlines() if "| stopped" in line]
+    assert sorted(stopped) == ["bad/evaluate", "bad/report"], table
     assert "lower evaluate.lr" in cli("logs", out).stdout
-    # Every piece of work was finished once: as many seals as folders.
     logs = "".join(p.read_text() for p in (out / "jobs" / "logs").glob("*_log.*"))
     assert len(re.findall(r"== job \w+, attempt [1-9]", logs)) >= 2, "nobody was preempted"
-    sealed = re.findall(r"sealed (\w+/\w{16})", logs)
-    folders = [
-        str(p.parent.relative_to(tmp_path / "store"))
-        for p in (tmp_path / "store").glob("*/*/stage.json")
-    ]
-    assert sorted(sealed) == sorted(folders)
-    assert (
-        sum(f.startswith("experts/") for f in folders) == 8
-        and sum(f.startswith("shard/") for f in folders) == 2
-    )  # IF × seed × 2; IF
-    # At most four jobs at a time: in each of the four lanes one ends before the next begins.
-    begins = one(
-        [
-            "sacct",
-            "-D",
-            "-X",
-            "-n",
-            "-P",
-            "-S",
-            "now-1hour",
-            "-o",
-            "JobName,Start,End",
-            "--name",
-            "sweep-0,sweep-1,sweep-2,sweep-3",
-        ]
-    )
-    spans = [
-        line.split("|")
-        for line in begins.splitlines()
-        if "Unknown" not in line and "None" not in line
-    ]
-    assert {s[0] for s in spans} == {f"sweep-{k}" for k in range(4)}
-    for lane in {s[0] for s in spans}:
-        mine = sorted(s[1:] for s in spans if s[0] == lane)
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(mine)), mine
-    again = cli(*command)
-    assert again.returncode == 0 and "4 jobs submitted" in again.stdout, (
-        again.stdout
-    )  # the bad point's students, evaluate, report; the table
+    nothing_was_done_twice(store, logs)
+    four_at_a_time()
+    again = cli(*command)  # the bad point's students, evaluate, report; the table
+    assert again.returncode == 0 and "4 jobs submitted" in again.stdout, again.stdout
     assert cli("cancel", out).returncode == 0
 
 
-def one(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def nothing_was_done_twice(store: Path, logs: str) -> None:
+    """As many seals as folders."""
+    sealed = re.findall(r"sealed (\w+/\w{16})", logs)
+    folders = [str(p.parent.relative_to(store)) for p in store.glob("*/*/stage.json")]
+    assert sorted(sealed) == sorted(folders)
+    count = {kind: sum(f.startswith(kind) for f in folders) for kind in ("experts/", "shard/")}
+    assert count == {"experts/": 8, "shard/": 2}  # IF × seed × 2; IF
+
+
+def four_at_a_time() -> None:
+    """In each of the four lanes one job ends before the next begins."""
+    lanes = [f"sweep-{k}" for k in range(4)]
+    shown = ["-o", "JobName,Start,End", "--name", ",".join(lanes)]
+    lines = one("sacct", "-D", "-X", "-n", "-P", "-S", "now-1hour", *shown).splitlines()
+    spans = [x.split("|") for x in lines if "Unknown" not in x and "None" not in x]
+    assert {s[0] for s in spans} == set(lanes)
+    for lane in lanes:
+        mine = sorted(s[1:] for s in spans if s[0] == lane)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(mine)), mine

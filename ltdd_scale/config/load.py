@@ -1,0 +1,100 @@
+"""Reading a config: YAML ← its ``base`` ← ``--set a.b=c``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ltdd_scale.config.root import Config, check
+from ltdd_scale.errors import UserError
+from ltdd_scale.settings import lay_over, parse
+
+# Settings that have another name now: whoever has an old config is told the new one.
+MOVED = {
+    "strategies.debias": "train.debias",
+    "strategies.calibrate": "calibrate.fair",
+    "strategies.confident_init": "initialize.confident",
+}
+
+
+def load(path: str | Path, sets: Sequence[str] = ()) -> Any:
+    """The config in `path` with ``a.b=c`` settings laid over it.
+
+    Raises `UserError` naming the key of whatever is unknown, of the wrong type or out of range.
+    """
+    path = Path(path)
+    values = Config().model_dump()
+    for layer in [*_read_yaml(path), *map(_nested, sets)]:
+        _refuse_moved(layer)
+        values = lay_over(values, layer, Config)
+    values["name"] = values["name"] or path.stem
+    config = parse(Config, values)
+    check(config)
+    return config
+
+
+def from_text(text: str) -> Any:
+    """The config that `to_yaml` gave."""
+    return parse(Config, yaml.safe_load(text))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def changed(config: Any, settings: dict[str, Any]) -> Any:
+    """`config` with ``a.b`` → value laid over it."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        values = lay_over(values, _at(key, value), Config)
+    return parse(Config, values)
+
+
+def _at(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _nested(item: str) -> dict[str, Any]:
+    """``a.b=c`` as nested dictionaries."""
+    key, sep, text = item.partition("=")
+    if not sep:
+        raise UserError(f"--set {item}: expected a.b=value")
+    try:
+        value: Any = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(
+            f"--set {item}: {text!r} is not a value (quote lists, and leave no blanks in them: "
+            "'a.b=[1,2]')"
+        ) from None
+    return _at(key, value)
+
+
+def _refuse_moved(layer: dict[str, Any]) -> None:
+    for old, new in MOVED.items():
+        section, _, name = old.partition(".")
+        if isinstance(layer.get(section), dict) and name in layer[section]:
+            raise UserError(f"{old} is called {new} now")
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> list[dict]:
+    """The layers of a config file, its ``base`` first."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: 'base' leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {said}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines")
+    base = values.pop("base", None)
+    below = _read_yaml(path.parent / str(base), (*seen, path)) if base else []
+    return [*below, values]

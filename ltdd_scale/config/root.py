@@ -1,0 +1,115 @@
+"""The config of one result: composed of the settings of every room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, create_model
+
+from ltdd_scale.data.settings import Chosen, Data
+from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import Expert, Train
+from ltdd_scale.judging.catalog import PROTOCOLS
+from ltdd_scale.judging.settings import Evaluate
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.settings import Relabel
+from ltdd_scale.methods.catalog import METHODS
+from ltdd_scale.runtime.settings import Runtime
+from ltdd_scale.settings import Settings, Text, Whole, option
+
+
+class _Common(Settings):
+    name: Text = option("", "name of the result: the file's name")
+    method: Text = option("rldd", f"how the set is distilled: {', '.join(METHODS)}")
+    protocol: Text = option("single_stage", f"how it is judged: {', '.join(PROTOCOLS)}")
+    ipc: Whole = option(10, "images per class of the distilled set", low=1)
+    seed: Whole = option(0, "seed of everything but the split", low=0)
+    data: Data = Data()
+    observer: Expert = Expert(norm="batch")
+    teacher: Expert = Expert()
+    train: Train = Train()
+
+
+class _Above(Settings):
+    relabel: Relabel = Relabel()
+    evaluate: Evaluate = Evaluate()
+    runtime: Runtime = Runtime()
+
+
+def _compose() -> type[Settings]:
+    """`Config`: the common sections, then those of each method and protocol."""
+    fields: dict[str, Any] = {}
+    for owner in (*METHODS.values(), *PROTOCOLS.values()):
+        for name, kind in owner.sections.items():
+            fields[name] = (kind, Field(default=kind()))
+    between = create_model("_Methods", __base__=Settings, **fields)
+    made = create_model("Config", __base__=(_Above, between, _Common))
+    made.__doc__ = "One result."
+    return made
+
+
+Config: Any = _compose()
+
+
+def check(config: Any) -> list[str]:
+    """Raise `UserError` on settings that cannot work together; return warnings about settings that
+    have no effect."""
+    warnings: list[str] = []
+    choices = (("method", METHODS), ("protocol", PROTOCOLS))
+    for name, catalog in choices:
+        if getattr(config, name) not in catalog:
+            raise UserError(f"{name}: {getattr(config, name)!r} is none of {', '.join(catalog)}")
+    if config.relabel.labels not in KINDS:
+        raise UserError(f"relabel.labels: {config.relabel.labels!r} is none of {', '.join(KINDS)}")
+    _check_data(config, warnings)
+    if not config.evaluate.crop_scale:
+        raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
+    if not config.evaluate.nets:
+        raise UserError("evaluate.nets: name at least one network, such as [convnet3]")
+    warnings += METHODS[config.method].check(config)
+    if config.train.engine == "deepspeed" and config.train.compile:
+        raise UserError("train.compile works with train.engine=ddp only")
+    if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
+        warnings.append("train.deepspeed has no effect with train.engine=ddp")
+    for role in ("observer", "teacher"):
+        expert = getattr(config, role)
+        if expert.crop_scale and expert.crop_padding != Expert().crop_padding:
+            warnings.append(f"{role}.crop_padding has no effect beside {role}.crop_scale")
+        if not expert.net.startswith("convnet") and expert.width != Expert().width:
+            warnings.append(f"{role}.width has no effect on {expert.net}")
+        if not config.train.debias and expert.contrast != 1.0:
+            warnings.append(f"{role}.contrast has no effect with train.debias=false")
+    if config.relabel.labels != "stored" and not config.evaluate.matrix and config.relabel.topk:
+        warnings.append(f"relabel.topk has no effect with relabel.labels={config.relabel.labels}")
+    return warnings
+
+
+def _check_data(config: Any, warnings: list[str]) -> None:
+    data = config.data
+    if data.source == "list" and not (data.train_list and data.test_list):
+        raise UserError("data.train_list, data.test_list: both are needed with data.source=list")
+    if data.source != "digits" and not data.path:
+        raise UserError(
+            "data.path: say where the images are, for instance --set data.path=/data/cifar10"
+        )
+    if data.profile == "counts" and not data.counts:
+        raise UserError("data.counts: needed with data.profile=counts")
+    held = data.val_per_class or data.val_list or data.source == "shards"
+    if config.evaluate.split == "val" and not held:
+        raise UserError("evaluate.split=val needs data.val_per_class or data.val_list")
+    if data.source == "shards":
+        names = ("profile", "imbalance_factor", "max_per_class", "val_per_class")
+        given = [
+            n for n in (*names, "store_resolution") if getattr(data, n) != getattr(Chosen(), n)
+        ]
+        warnings += [
+            f"data.{n} has no effect with data.source=shards: the set is taken as it is"
+            for n in given
+        ]
+    if data.store_quality and not data.store_resolution:
+        warnings.append(
+            "data.store_quality has no effect without data.store_resolution: original bytes "
+            "are kept"
+        )
+    if data.profile != "exponential" and data.imbalance_factor != 1:
+        warnings.append(f"data.imbalance_factor has no effect with data.profile={data.profile}")

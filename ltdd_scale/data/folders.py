@@ -1,0 +1,184 @@
+"""Folders of images as a source: <split>/<class>/…, Tiny-ImageNet's, torchvision's CIFAR."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltdd_scale.data import cifar
+from ltdd_scale.data.settings import Data
+from ltdd_scale.data.split import IMAGE_NAMES, Source, Split, from_files
+from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import files
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """`held` is the split that is tested on; `annotations` tell its classes in Tiny-ImageNet."""
+
+    root: Path
+    classes: list[str]
+    held: str
+    annotations: Path | None = None
+
+
+def open_all(data: Data) -> Source:
+    """Raises `UserError` where the folder is missing or none of these."""
+    root = _root(data)
+    if found := cifar.find(root):
+        return cifar.open_all(*found)
+    layout = _layout(root)
+    return Source(layout.classes, _split(layout, "train"), _test(layout))
+
+
+def digest(data: Data) -> str:
+    """Of the relative names and sizes of the images that `open_all` would find; of CIFAR's pickles,
+    their content.
+
+    What image files show is not read: one that is replaced by another of the same size goes unseen.
+    """
+    root = _root(data)
+    if found := cifar.find(root):
+        return cifar.digest(*found)
+    layout = _layout(root)
+    lines = []
+    if layout.annotations:
+        shown, tops = hashlib.sha256(layout.annotations.read_bytes()).hexdigest(), ["val"]
+        lines.append(f"{layout.annotations.name}\0{shown}\n".encode())
+    else:
+        tops = [f"{layout.held}/{name}" for name in layout.classes]
+    for top in [*(f"train/{name}" for name in layout.classes), *tops]:
+        for name, entry in _images(layout.root, top):
+            lines.append(os.fsencode(f"{name}\0{_size(entry)}\n"))
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+
+def _root(data: Data) -> Path:
+    root = Path(data.path)
+    if not root.is_dir():
+        raise UserError(
+            f"data.path: no such folder: {root} (put the images there, or --set data.path=…)"
+        )
+    return root
+
+
+def _layout(root: Path) -> _Layout:
+    if not (root / "train").is_dir():
+        raise UserError(
+            f"{root}: found neither train/<class>/…, cifar-10-batches-py nor cifar-100-python"
+        )
+    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    if not classes:
+        raise UserError(f"{root / 'train'}: no class folders in it")
+    annotations = root / "val" / "val_annotations.txt"
+    if annotations.exists():
+        return _Layout(root, classes, "val", annotations)
+    held = next((s for s in ("test", "val") if (root / s).is_dir()), None)
+    if held is None:
+        raise UserError(
+            f"{root}: no test/<class>/… (or val/<class>/…) folder to judge the result on"
+        )
+    return _Layout(root, classes, held)
+
+
+def _split(layout: _Layout, split: str) -> Split:
+    """Images under split/<class>/, at any depth (Tiny-ImageNet has …/images/), sorted by name."""
+    names, labels = [], []
+    for label, name in enumerate(layout.classes):
+        found = sorted(name for name, _ in _images(layout.root, f"{split}/{name}"))
+        names += found
+        labels += [label] * len(found)
+    _refuse_odd(layout.root, names)
+    return from_files(layout.root, names, labels)
+
+
+def _test(layout: _Layout) -> Split:
+    """The held split; Tiny-ImageNet's labelled val images serve as the test set."""
+    if layout.annotations is None:
+        return _split(layout, layout.held)
+    index = {name: label for label, name in enumerate(layout.classes)}
+    rows = _annotated(layout.annotations)
+    unknown = [wnid for wnid in rows.values() if wnid not in index]
+    if unknown:
+        raise UserError(
+            f"{layout.annotations}: class {unknown[0]} has no folder in {layout.root / 'train'}"
+        )
+    names = [f"val/images/{name}" for name in rows]
+    return from_files(layout.root, names, [index[wnid] for wnid in rows.values()])
+
+
+def _annotated(path: Path) -> dict[str, str]:
+    """The class of each image that annotations name, in their order."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged or no text: {error}") from None
+    except OSError as error:
+        raise files.kind(error)(f"cannot read {path}: {error.strerror}") from None
+    rows: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, *more = line.split("\t")
+        if not more or os.path.basename(name) != name or name == "..":
+            raise UserError(f"{path}: expected 'name<tab>class', got {name[:80]!r}")
+        if name in rows:
+            raise UserError(
+                f"{path}, line {number}: {name} is named twice (classes {rows[name]} and "
+                f"{more[0]}): keep one"
+            )
+        rows[name] = more[0]
+    return rows
+
+
+def _images(root: Path, top: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Images below `top`, at any depth, by their names relative to `root`, in no order.
+
+    A link to an image is one; a link to a folder below `top` is not followed, since it may lead
+    back.
+    """
+    cut = len(os.path.join(root, ""))
+    folders = [os.path.join(root, top)]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        folders += [] if entry.is_symlink() else [entry.path]
+                    elif entry.name.lower().endswith(IMAGE_NAMES):
+                        yield entry.path[cut:], entry
+        except FileNotFoundError:
+            continue  # a class without test images, which `open_source` says
+        except OSError as error:
+            raise files.kind(error)(f"cannot read {folder}: {error.strerror}") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link in a circle
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1  # a link that leads nowhere: quarantined, with the reason
+
+
+def _refuse_odd(root: Path, names: Iterable[str]) -> None:
+    """Names go into a table of text, one a line."""
+    for name in names:
+        try:
+            name.encode()
+            odd = len(name.splitlines()) != 1
+        except UnicodeEncodeError:
+            odd = True
+        if odd:
+            shown = os.fsencode(name)
+            raise UserError(f"{root}: the file name {shown!r} is not one line of UTF-8: rename it")

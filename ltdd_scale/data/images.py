@@ -1,0 +1,49 @@
+"""What a set of images gives to those who look at it, and a set that is held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ltdd_scale.data import augment
+from ltdd_scale.data.augment import Views, ViewSpec
+
+# Indices int [n] of images and their views; no views: the whole image, centred.
+Plan = tuple[np.ndarray, Views | None]
+
+
+class Images(Protocol):
+    """Images to be asked for batch by batch, wherever they lie.
+
+    `labels` int64 [N]; `sizes` int64 [N, 2], width and height, which views are drawn for; `counts`
+    int64 [C], images of each class.
+    """
+
+    labels: np.ndarray
+    sizes: np.ndarray
+    counts: np.ndarray
+
+    def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
+        """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order. Plans may be
+        asked for a few ahead."""
+        ...
+
+
+class MemoryImages:
+    """Decoded images uint8 [N, 3, R, R] on a device, with int64 labels [N]."""
+
+    def __init__(self, pixels: np.ndarray | torch.Tensor, labels: np.ndarray, device: torch.device):
+        self.pixels = torch.as_tensor(pixels).to(device)
+        self.labels = np.asarray(labels, np.int64)
+        self.sizes = np.full((len(self.labels), 2), self.pixels.shape[-1])
+        self.counts = np.bincount(self.labels)
+
+    def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
+        """Images of each plan, float [n, 3, R, R] in [0, 1]."""
+        for indices, views in plans:
+            chosen = torch.from_numpy(np.asarray(indices, np.int64)).to(self.pixels.device)
+            images = self.pixels[chosen].float() / 255
+            yield images if views is None else augment.apply(images, views, spec)

@@ -1,0 +1,96 @@
+"""Settings of the real, long-tailed set."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from ltdd_scale.data.catalog import SOURCES
+from ltdd_scale.settings import Number, Settings, Switch, Text, Whole, option
+
+
+def _known(value: str) -> str:
+    if value not in SOURCES:
+        raise ValueError(f"{value!r} is none of {', '.join(SOURCES)}")
+    return value
+
+
+class Location(Settings):
+    """Where the images lie. Not hashed: a set that has moved is the same set.
+
+    Another tree under the same lists counts as the same set too.
+    """
+
+    path: Text = option(
+        "",
+        "folder: <split>/<class>/…, torchvision's CIFAR folder or Tiny-ImageNet's; list: the "
+        "root that list lines start from; shards: a shard set",
+    )
+    train_list: Text = option(
+        "",
+        "list: file of 'path label' lines, plain or .gz; relative names are looked up under "
+        "data.path",
+    )
+    val_list: Text = option("", "list: the same for validation; empty: none")
+    test_list: Text = option("", "list: the same for testing")
+
+
+class Chosen(Settings):
+    """Which images of the source make the set, and how they are stored in the shards."""
+
+    source: Annotated[Text, AfterValidator(_known)] = option(
+        "digits", f"where the images come from: {', '.join(SOURCES)}"
+    )
+    profile: Literal["exponential", "counts", "full"] = option(
+        "exponential",
+        "exponential: n_c = int(n_max · IF^(−c/(C−1))); counts: as given; full: all there is",
+    )
+    imbalance_factor: Number = option(1.0, "exponential: largest over smallest class", low=1)
+    max_per_class: Whole = option(0, "exponential: n_max; 0: the size of the largest class", low=0)
+    counts: list[Whole] = option([], "counts: images of each class, in label order")
+    test_per_class: Whole = option(
+        0, "images a class held out for testing where the source has no test split (digits)", low=0
+    )
+    val_per_class: Whole = option(
+        0, "training images a class held out for validation before the long tail is drawn", low=0
+    )
+    split_seed: Whole = option(
+        42, "seed of the choice of images; the same seed gives nested sets for growing imbalance"
+    )
+    store_resolution: Whole = option(
+        0,
+        "side in pixels of the images in the shards (short side, centre crop, PNG); 0: "
+        "original bytes",
+        low=0,
+    )
+    store_quality: Whole = option(
+        0, "JPEG quality of images stored at store_resolution; 0: lossless PNG", low=0, high=100
+    )
+    shard_images: Whole = option(2000, "images a shard (2,000 of ImageNet are about 220 MB)", low=1)
+
+
+class Seen(Settings):
+    """How networks are shown the images."""
+
+    resolution: Whole = option(32, "side in pixels that networks see", low=4)
+    mirror: Switch = option(True, "a mirrored image is still of its class (not so for digits)")
+    memory_gb: Number = option(
+        4.0,
+        "sets that fit in this when decoded are held in memory, as centre squares; larger "
+        "ones are cropped from the originals",
+        low=0,
+    )
+    loader: Literal["auto", "dali", "torch"] = option(
+        "auto",
+        "what decodes sets too large for memory; auto: DALI where it is installed, else PyTorch",
+    )
+
+
+class Data(Seen, Chosen, Location):
+    """The real, long-tailed set."""
+
+    @classmethod
+    def of(cls, chosen: Chosen, location: Location) -> Data:
+        """Both halves of what a source is told."""
+        return cls(**chosen.model_dump(), **location.model_dump())

@@ -1,0 +1,393 @@
+"""Stage "shard": writes the WebDataset shards of the real set (their format: `data.shards`).
+
+Every image is decoded whole at the door: DALI stops for good on one it cannot decode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import warnings
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from ltdd_scale.data import digest, shards, sources
+from ltdd_scale.data.longtail import GROUPS, shot_groups
+from ltdd_scale.data.settings import Chosen, Data, Location
+from ltdd_scale.data.shards import square
+from ltdd_scale.data.split import Source, Split
+from ltdd_scale.errors import UserError
+from ltdd_scale.runtime import files, signals
+from ltdd_scale.runtime.progress import Progress
+from ltdd_scale.stage import Cost, Facts
+
+# Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
+# each in its own way: it is rewritten as RGB in a PNG.
+KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
+
+VALUES = np.arange(256)
+# The mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at
+# least so many remains.
+SAMPLED = 128
+# Bytes of an image as its source has it, where nothing is known yet: for the estimate of the disk.
+ORIGINAL = {"digits": 2.5e3, "list": 110e3, "folder": 12e3, "shards": 0.0}
+
+Report = Callable[[str, int, str], Progress]  # of a title, a total and its unit
+
+
+def run(settings: Any, context: Any) -> dict[str, Any]:
+    """Write the shards, or take over those that lie at data.path.
+
+    Raises `UserError` where the images are others than when the run was started or submitted.
+    """
+    data = Data.of(settings.chosen, context.location or Location())
+    if digest.of(data) != settings.source:
+        raise UserError(
+            f"the images at {data.path} have changed since this was started or submitted: run the "
+            "same command again"
+        )
+    if data.source == "shards":
+        manifest = adopt(Path(data.path), context.out, context.quiet)
+    else:
+        name = "set" if data.source != "digits" else "digits"
+        source = sources.open_source(data)
+        manifest = write(context.out, name, source, data, report=context.progress)
+    counts = manifest["splits"]["train"]["counts"]
+    context.say(
+        f"shard: {sum(counts)} training images of {len(counts)} classes, {max(counts)} … "
+        f"{min(counts)} a class"
+    )
+    if manifest["notes"].get("official ImageNet-LT") == "yes":
+        context.say("shard: the training list is the official one of ImageNet-LT")
+    if manifest["quarantined"]:
+        context.say(
+            f"shard: {manifest['quarantined']} images do not decode and are left out: see "
+            f"{context.out / 'quarantine.json'}"
+        )
+    return {
+        "train": sum(counts),
+        "largest": max(counts),
+        "smallest": min(counts),
+        "quarantined": manifest["quarantined"],
+    }
+
+
+def cost(settings: Any, facts: Facts) -> Cost:
+    """Disk by a guess of an image's bytes, memory for one image in each worker."""
+    chosen: Chosen = settings.chosen
+    one = ORIGINAL.get(chosen.source, 12e3)
+    if chosen.store_resolution and one:
+        one = chosen.store_resolution**2 * (0.4 if chosen.store_quality else 2.0)
+    images = facts.num_images + facts.judged + facts.num_classes * chosen.val_per_class
+    return Cost(memory=_workers() * 32e6, disk=images * one)
+
+
+def shown(title: str, total: int, unit: str) -> Progress:
+    """A line of progress, for those who write shards without a run."""
+    return Progress(title, total, unit, pause=signals.check)
+
+
+def write(
+    folder: Path,
+    name: str,
+    source: Source,
+    chosen: Chosen,
+    workers: int | None = None,
+    report: Report = shown,
+) -> dict[str, Any]:
+    """Write all splits of `source` into `folder`, stored as `chosen` says; return the manifest.
+
+    A run after a kill keeps the finished shards. Images that do not decode go to
+    ``quarantine.json`` with the reason. Raises `UserError` where quarantine leaves a class without
+    images.
+    """
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "name": name,
+        "stored": {"side": chosen.store_resolution, "jpeg_quality": chosen.store_quality}
+        if chosen.store_resolution
+        else "original bytes",
+        "classes": source.classes,
+        "notes": source.notes,
+        "splits": {},
+    }
+    quarantine: list[dict] = []
+    for key, split in (("train", source.train), ("val", source.val), ("test", source.test)):
+        if split is None:
+            continue
+        stem = folder / f"{name}-{key}"
+        progress = report(f"shard {stem.name}", len(split.names), "images")
+        parts = _write_shards(stem, split, chosen, workers or _workers(), progress)
+        info = _write_tables(stem, split, parts)
+        bad = [{"split": stem.name, **b} for p in parts for b in p["bad"]]
+        labels = np.asarray([row[1] for p in parts for row in p["rows"]], np.int64)
+        info["counts"] = np.bincount(labels, minlength=len(source.classes)).tolist()
+        info["listed"] = np.bincount(split.labels, minlength=len(source.classes)).tolist()
+        if 0 in info["counts"] and key != "val":
+            c = info["counts"].index(0)
+            reason = next((b["reason"] for b in bad if b["label"] == c), "none listed")
+            raise UserError(
+                f"{key}: class {c} ({source.classes[c]}) has no image that decodes (first reason: "
+                f"{reason}); see the images of {name}"
+            )
+        quarantine += bad
+        manifest["splits"][key] = info
+    files.write_json(folder / "quarantine.json", quarantine)
+    manifest["quarantined"] = len(quarantine)
+    counts = manifest["splits"]["train"]["counts"]
+    manifest["groups"] = [GROUPS[g] for g in shot_groups(counts)]
+    files.write_json(folder / "manifest.json", manifest)
+    for part in folder.glob("*.part.json"):
+        part.unlink()
+    return manifest
+
+
+def adopt(there: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
+    """Take a shard set that lies elsewhere into `folder`: verified, then linked (copied where the
+    file system has no links). Returns its manifest."""
+    manifest = files.read_json(shards.manifest_file(there))
+    wrong = shards.verify(there, quiet)
+    if wrong:
+        raise UserError(wrong[0])
+    for path in sorted(there.iterdir()):
+        wanted = path.suffix in (".tar", ".idx", ".npy", ".txt", ".json")
+        if not wanted or path.name in ("stage.json", "manifest.json") or path.name[0] == ".":
+            continue
+        (folder / path.name).unlink(missing_ok=True)
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
+    files.write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _workers() -> int:
+    """One decodes while another waits for the disk."""
+    return min(len(os.sched_getaffinity(0)) + 1, 16)
+
+
+def _write_shards(
+    stem: Path, split: Split, chosen: Chosen, workers: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Write the shards of a split that are not there yet; return what describes each."""
+    global _SPLIT
+    _SPLIT = split
+    starts = range(0, len(split.names), chosen.shard_images)
+    parts: dict[int, dict] = {}
+    todo = []
+    for k, first in enumerate(starts):
+        last = min(first + chosen.shard_images, len(split.names))
+        path = stem.with_name(f"{stem.name}-{k:06d}.tar")
+        found = _reuse(path, _made(split, first, last, chosen))
+        if found:
+            parts[k] = found
+        else:
+            todo.append((k, (str(path), first, last, chosen)))
+    done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
+    with closing(_worked(todo, workers)) as finished:
+        for k, part in finished:
+            parts[k] = part
+            progress.update(done := done + len(part["rows"]) + len(part["bad"]))
+    return [parts[k] for k in range(len(starts))]
+
+
+def _worked(todo: list[tuple[int, tuple]], workers: int) -> Generator[tuple[int, dict], None, None]:
+    """Each finished shard with its number, in their order."""
+    if workers == 1 or len(todo) <= 1:
+        for k, arguments in todo:
+            yield k, _write_shard(*arguments)
+        return
+    with ProcessPoolExecutor(
+        min(workers, len(todo)), mp_context=get_context("fork"), initializer=signals.helper
+    ) as pool:
+        jobs = [(k, pool.submit(_write_shard, *arguments)) for k, arguments in todo]
+        try:
+            for k, job in jobs:
+                yield k, job.result()
+        except BaseException:
+            # Asked to stop, or a full disk: the shards under way are ended, no others begun.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# The split that worker processes read from; inherited by fork, since readers are closures over
+# files or arrays.
+_SPLIT: Split | None = None
+
+
+def _write_shard(path: str, first: int, last: int, chosen: Chosen) -> dict[str, Any]:
+    """Write images first … last−1 of the split as one tar with its index; return the rows that
+    describe them."""
+    assert _SPLIT is not None
+    rows, bad, index, colours = [], [], [], _Colours()
+    with files.replacing(path) as f:
+        tar = _Hashing(f)
+        writer = TarWriter(cast(BinaryIO, tar), mtime=0, encoder=False)
+        for i in range(first, last):
+            name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
+            try:
+                content, ext, size, rgb = _admit(_SPLIT.read(i), chosen)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                bad.append({"index": i, "name": name, "label": label, "reason": reason})
+                continue
+            members = {"cls": b"%05d" % label, ext: content}
+            index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
+            writer.write({"__key__": f"{i:08d}", **members})
+            rows.append([i, label, *size])
+            colours.add(rgb)
+        writer.close()
+    files.write_text(Path(path).with_suffix(".idx"), "\n".join([f"v1.2 {len(index)}", *index, ""]))
+    part = {
+        "made": _made(_SPLIT, first, last, chosen),
+        "rows": rows,
+        "bad": bad,
+        "sums": colours.sums.tolist(),
+        "squares": colours.squares.tolist(),
+        "pixels": colours.pixels,
+        "sha256": tar.digest.hexdigest(),
+        "bytes": tar.size,
+    }
+    files.write_json(_part_file(path), part)
+    return part
+
+
+def _part_file(path: str | Path) -> Path:
+    """What describes a finished shard until the manifest is written."""
+    return Path(f"{path}.part.json")
+
+
+def _made(split: Split, first: int, last: int, chosen: Chosen) -> list[int | str]:
+    """What the bytes of a shard depend on: its settings, and a hash of its names and labels."""
+    listed = json.dumps([split.names[first:last], split.labels[first:last].tolist()])
+    said = hashlib.sha256(listed.encode()).hexdigest()
+    return [first, last, chosen.store_resolution, chosen.store_quality, said]
+
+
+def _reuse(path: Path, made: list[int | str]) -> dict[str, Any] | None:
+    """What an interrupted run of the same settings left finished of the same images."""
+    part = _part_file(path)
+    if not (part.exists() and path.exists() and path.with_suffix(".idx").exists()):
+        return None
+    saved = files.read_json(part)
+    return saved if saved["made"] == made and files.sha256(path) == saved["sha256"] else None
+
+
+class _Hashing:
+    """A file that hashes what is written to it: no second pass over a tar."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        if self.file.closed:  # after an error tarfile writes its rest when it is thrown away
+            return len(content)
+        self.digest.update(content)
+        self.size += len(content)
+        return self.file.write(content)
+
+
+class _Colours:
+    """Integer sums over pixels: the mean and deviation do not depend on how work was shared out."""
+
+    def __init__(self) -> None:
+        self.sums, self.squares, self.pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+
+    def add(self, rgb: Image.Image) -> None:
+        step = max(min(rgb.size) // SAMPLED, 1)
+        if step > 1:
+            rgb = rgb.resize(
+                (rgb.width // step, rgb.height // step),
+                Image.Resampling.NEAREST,
+                box=(0, 0, rgb.width // step * step, rgb.height // step * step),
+            )
+        counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
+        self.sums = self.sums + counts @ VALUES
+        self.squares = self.squares + counts @ VALUES**2
+        self.pixels += rgb.width * rgb.height
+
+
+def _admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], Image.Image]:
+    """Bytes to store, their extension, the stored image's width and height, and the decoded RGB
+    image. Raises with the reason where it does not decode.
+
+    Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are
+    then shown at half their size, which takes half the time. With a `store_resolution` the centre
+    square of that side is stored, as JPEG of `store_quality`, or as PNG where that is 0. An EXIF
+    orientation is left as it is: no decoder here turns images, as torchvision does not.
+    """
+    if not content:
+        raise ValueError("zero bytes")
+    side, quality = chosen.store_resolution, chosen.store_quality
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content))
+        size, ext = image.size, KEPT.get((image.format or "", image.mode))
+        if ext and not side and min(size) >= 2 * SAMPLED:
+            image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
+        image.load()
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if side:
+        rgb, ext = square(rgb, side), None
+    if ext is None:
+        buffer, as_jpeg = io.BytesIO(), bool(side and quality)
+        rgb.save(buffer, "JPEG", quality=quality) if as_jpeg else rgb.save(buffer, "PNG")
+        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", rgb.size
+    return content, ext, size, rgb
+
+
+def _index_line(key: str, members: dict[str, bytes], offset: int) -> str:
+    """A sample's line of DALI's index, version 1.2: 'extension offset size name' of each component.
+    `offset` is the tar's length so far."""
+    parts = []
+    for ext in sorted(members):
+        size = len(members[ext])
+        parts.append(f"{ext} {offset + tarfile.BLOCKSIZE} {size} {key}.{ext}")
+        offset += tarfile.BLOCKSIZE * (1 - -size // tarfile.BLOCKSIZE)
+    return " ".join(parts)
+
+
+def _write_tables(stem: Path, split: Split, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the tables of a split whose shards are there; return its entry of the manifest."""
+    rows = np.asarray([row for p in parts for row in p["rows"]], np.int64).reshape(-1, 4)
+    meta, names = (stem.with_name(f"{stem.name}-{table}") for table in ("meta.npy", "names.txt"))
+    buffer = io.BytesIO()
+    np.save(buffer, rows[:, 1:].astype(np.int32))
+    files.write_bytes(meta, buffer.getvalue())
+    files.write_text(names, "".join(f"{split.names[i]}\n" for i in rows[:, 0]))
+    pixels = max(sum(p["pixels"] for p in parts), 1)
+    mean = np.sum([p["sums"] for p in parts], 0) / pixels
+    std = np.sqrt(np.maximum(np.sum([p["squares"] for p in parts], 0) / pixels - mean**2, 1.0))
+    written = []
+    for k, p in enumerate(parts):
+        path = stem.with_name(f"{stem.name}-{k:06d}.tar")
+        written.append(
+            {
+                "file": path.name,
+                "num_images": len(p["rows"]),
+                "bytes": p["bytes"],
+                "sha256": p["sha256"],
+                "idx": files.sha256(path.with_suffix(".idx")),
+            }
+        )
+    return {
+        "num_images": len(rows),
+        "mean": (mean / 255).round(6).tolist(),
+        "std": (std / 255).round(6).tolist(),
+        "meta": files.sha256(meta),
+        "names": files.sha256(names),
+        "shards": written,
+    }

@@ -1,0 +1,37 @@
+"""What a protocol says of itself: a way to judge a distilled set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltdd_scale.settings import Settings
+from ltdd_scale.stage import Stage
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which stage's folder holds what, whatever the method: judging knows no method.
+
+    `judged`: title → (stage, file) of networks that are judged beside the students.
+    """
+
+    distilled: str
+    initial: str = ""
+    labels: str = "relabel"
+    judged: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`stages(config, roles)` trains and judges; the last one holds ``results.json``.
+
+    `teacher(config)`: whether one of them reads the teacher. `sections` are its own sections of the
+    config, beside `evaluate`.
+    """
+
+    name: str
+    stages: Callable[[Any, Roles], tuple[Stage, ...]]
+    teacher: Callable[[Any], bool]
+    sections: Mapping[str, type[Settings]] = field(default_factory=dict)

@@ -1,0 +1,38 @@
+"""What students and the verdict over them cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.models import flops
+from ltdd_scale.results import WHOLE_SETS
+from ltdd_scale.stage import Cost, Facts
+
+FLOAT = 4  # bytes
+COPIES = 5  # of the weights: the student, its average, the gradient, two moments of Adam
+
+
+def student(settings: Any, facts: Facts) -> Cost:
+    """Epochs × images × (forward and backward pass, and the teacher's forward pass where it labels
+    every view). The teacher's net is not among the settings: the student's stands for it."""
+    who, seen = settings.student, settings.images
+    whole = who["set"] in WHOLE_SETS
+    images = facts.num_images if whole else facts.num_classes * settings.ipc
+    net = (who["net"], settings.width, settings.norm, seen.resolution)
+    passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view
+    weights = FLOAT * flops.parameters(*net)
+    batch = min(settings.training.batch_size, images)
+    held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
+    return Cost(
+        flops=settings.epochs * images * passes * flops.forward(*net),
+        memory=held + COPIES * weights,
+        activations=batch * flops.activations(*net),
+        disk=(COPIES - 1) * weights,  # of a checkpoint, until the student is done
+    )
+
+
+def verdict(settings: Any, facts: Facts) -> Cost:
+    """The judged images in memory. What the judged networks cost is not known here, and little."""
+    seen = settings.images
+    return Cost(memory=min(facts.judged * 3 * seen.resolution**2, seen.memory_gb * 2**30))

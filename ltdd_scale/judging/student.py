@@ -1,0 +1,138 @@
+"""Stage "student": one network trained from scratch on one set of images, and judged once.
+
+The set is the distilled images, those they started from, random real images of the same IPC, or
+the whole long-tailed set. Nothing is chosen on the test set: the last weights count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ltdd_scale.data import chosen, distilled
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import Images, MemoryImages
+from ltdd_scale.data.loader import open_images, prepare, stream_images
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.errors import UserError
+from ltdd_scale.judging.metrics import logit_adjusted, metrics
+from ltdd_scale.judging.training import Setup, train
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.contract import Labels, Maker
+from ltdd_scale.labels.views import view_spec
+from ltdd_scale.models import frozen, registry
+from ltdd_scale.results import WHOLE_SETS, Student
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+
+PLAIN = "plain"  # the set of the plain network, which is judged with logit adjustment too
+
+
+def check(settings: Any) -> None:
+    """Raises `UserError` for a net that is unknown, or too deep for the resolution."""
+    net, size = settings.student["net"], settings.images.resolution
+    registry.check(net, settings.width, settings.norm, size)
+
+
+def run(settings: Any, context: Context) -> dict[str, Any]:
+    """Train and judge one student; write ``result.json`` with its row and its losses."""
+    who, ranks = Student(**settings.student), context.ranks
+    split = ShardSplit(context.input("shard"), "train")
+    setup = _setup(who, settings, context, split)
+    shape = (settings.width, settings.norm, settings.images.resolution)
+    recipe = frozen.recipe(who.net, *shape, len(split.classes))
+    average, history = train(setup, ranks.to_device(build(recipe, setup.key)), context)
+    if not math.isfinite(history[-1]):
+        rate = settings.training.lr
+        raise UserError(f"{who.title}: the loss is {history[-1]}; lower evaluate.lr (it is {rate})")
+    held, groups = ShardSplit(context.input("shard"), settings.split), split.manifest["groups"]
+    test = open_images(held, settings.images, ranks.device, context.workers)
+    logits = frozen.predict(average, test, setup.normalize, ranks)
+    result = metrics(logits, held.labels, groups)
+    row = {**who.to_dict(), "ipc": settings.ipc if "ipc" in settings else None, **result}
+    if who.set == PLAIN:
+        row["adjusted"] = metrics(logit_adjusted(logits, split.counts), held.labels, groups)
+    losses = [round(loss, 5) for loss in history]
+    files.write_json(context.out / "result.json", {"row": row, "loss": losses})
+    shown = {name: result[name] for name in ("top1", "balanced", "class_std")}
+    return {**shown, "note": _note(**shown)}
+
+
+def key_of(seed: int) -> str:
+    """The key of all random draws of the student with this seed."""
+    return f"student {seed}"
+
+
+def build(recipe: dict[str, Any], key: str) -> nn.Module:
+    """A student of a recipe (`frozen.recipe`), with initial weights that depend on `key` alone."""
+
+    def made() -> nn.Module:
+        shape = (recipe["width"], recipe["norm"], recipe["resolution"])
+        return registry.Student(registry.backbone(recipe["net"], *shape), recipe["num_classes"])
+
+    return registry.seeded(made, key, "weights")
+
+
+def _setup(who: Student, settings: Any, context: Context, split: ShardSplit) -> Setup:
+    images, seen = _images(who, settings, context, split), settings.images
+    normalize = prepare(split, context.ranks.device)
+    maker = Maker(
+        images=images,
+        teacher=_teacher(context),
+        normalize=normalize,
+        spec=view_spec(settings.training, seen.resolution, seen.mirror),
+        views=settings.training,
+        relabel=settings.relabel if "relabel" in settings else None,
+        num_classes=len(split.classes),
+        train_counts=split.counts,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        ranks=context.ranks,
+    )
+    return Setup(
+        images=images,
+        labels=_labels(who.labels, maker, context),
+        normalize=normalize,
+        spec=maker.spec,
+        training=settings.training,
+        epochs=settings.epochs,
+        key=key_of(who.seed),
+        title=who.title,
+    )
+
+
+def _teacher(context: Context) -> frozen.Frozen | None:
+    if "teacher" not in context.inputs:
+        return None
+    return frozen.load(context.input("teacher") / "weights.pt", context.ranks)
+
+
+def _labels(kind: str, maker: Maker, context: Context) -> Labels:
+    """The labels that relabel has made, where they are of this kind, else made here likewise."""
+    code = KINDS[kind].code()
+    if "labels" not in context.inputs:
+        return code.fresh(maker)
+    folder = context.input("labels")
+    return code.load(folder, files.read_json(folder / "labels.json"), maker)
+
+
+def _images(who: Student, settings: Any, context: Context, split: ShardSplit) -> Images:
+    device, seen = context.ranks.device, settings.images
+    if "images" in context.inputs:
+        held = distilled.Distilled(context.input("images"), len(split.classes))
+        return held.images(device, seen.memory_gb)
+    if who.set in WHOLE_SETS:
+        return open_images(split, seen, device, context.workers)
+    drawn = chosen.random_real(split.labels, len(split.classes), settings.ipc, who.seed)
+    plans = [(part, None) for part in np.split(drawn, range(256, len(drawn), 256))]
+    streamed = stream_images(split, seen, device, context.workers)
+    shown = streamed.stream(plans, ViewSpec(seen.resolution))
+    pixels = np.concatenate([distilled.to_uint8(part) for part in shown])
+    return MemoryImages(pixels, split.labels[drawn], device)
+
+
+def _note(top1: float, balanced: float, class_std: float) -> str:
+    return f"{top1:.1f} % (balanced {balanced:.1f}, spread over classes {class_std:.1f})"

@@ -1,0 +1,188 @@
+"""Training of a student on any set of images with any kind of labels, resumed to the bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import Images
+from ltdd_scale.judging.settings import Training
+from ltdd_scale.labels.contract import Labels
+from ltdd_scale.labels.views import EpochViews, draw_epoch, render
+from ltdd_scale.models import registry
+from ltdd_scale.models.frozen import forward
+from ltdd_scale.runtime import signals
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks, rng, torch_seed
+
+LOG_EVERY = 5.0  # seconds between two writes of log.jsonl: an epoch may take milliseconds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a student's training depends on, besides its initial weights.
+
+    `normalize` takes images float [n, 3, R, R] in [0, 1]; `spec` is what their views are drawn
+    from. `key` keys every random draw. `title` is shown, and names the checkpoints.
+    """
+
+    images: Images
+    labels: Labels
+    normalize: Callable[[Tensor], Tensor]
+    spec: ViewSpec
+    training: Training
+    epochs: int
+    key: str
+    title: str
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch."""
+        return -(-len(self.images.labels) // self.training.batch_size)
+
+
+def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module, list[float]]:
+    """Train `student` in place. Returns the average of its weights, in eval mode, and the mean
+    loss of each epoch.
+
+    The loss of every epoch goes to ``log.jsonl``. Raises `signals.Preempted`, with all saved, where
+    a signal has come.
+    """
+    work = _Work(setup, student, context.ranks)
+    checkpoints = context.checkpoints(setup.title.replace(" ", "-"))
+    saved = checkpoints.load()
+    if saved:
+        work.restore(*saved)
+    done = len(work.history)
+    progress = context.progress(setup.title, setup.epochs, "epochs", done, stops=False)
+    logged = time.monotonic()
+    student.train()
+    while work.taken < setup.steps * setup.epochs:
+        epoch = work.taken // setup.steps
+        for drawn, indices, x in work.rest_of_epoch():
+            work.step(epoch, drawn, indices, x)
+            if len(work.history) > epoch:
+                progress.update(epoch + 1, f"loss {work.history[-1]:.3f}")
+                if time.monotonic() - logged >= LOG_EVERY:
+                    context.log(_entries(work.history))
+                    logged = time.monotonic()
+            if signals.requested() or checkpoints.due():
+                checkpoints.save(work.taken, work.state(), wait=signals.requested())
+                signals.check()
+    checkpoints.wait()
+    context.log(_entries(work.history))
+    return work.average.eval(), work.history
+
+
+class _Work:
+    """A student on its way: its weights and their average, the optimizer, `taken` steps, the
+    `history` of losses of whole epochs and the `total` of the one that goes on."""
+
+    def __init__(self, setup: Setup, student: nn.Module, ranks: Ranks):
+        self.setup, self.student, self.ranks = setup, student, ranks
+        self.optimizer = optimizer_of(setup.training, student)
+        self.average = copy.deepcopy(student).requires_grad_(False)
+        self.history: list[float] = []
+        self.taken, self.total = 0, torch.zeros((), device=ranks.device)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "total": self.total,
+        }
+
+    def restore(self, taken: int, state: dict[str, Any]) -> None:
+        self.taken, self.history = taken, state["history"]
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.total.copy_(state["total"])
+
+    def rest_of_epoch(self) -> Iterator[tuple[EpochViews, np.ndarray, Tensor]]:
+        """(views of the epoch, indices [b], images [b, 3, R, R]) of the steps it has left."""
+        setup, size = self.setup, self.setup.training.batch_size
+        epoch, first = divmod(self.taken, setup.steps)
+        n = len(setup.images.labels)
+        order = rng(setup.key, "student order", epoch).permutation(n)
+        batches = [order[i : i + size] for i in range(first * size, n, size)]
+        seed, drawn_epoch = setup.labels.view_key(setup.key, epoch)
+        cutmix = setup.training.cutmix
+        drawn = draw_epoch(setup.spec, setup.images.sizes, seed, drawn_epoch, cutmix)
+        shown = render(setup.images, drawn, batches, setup.spec, setup.normalize)
+        for indices, x in zip(batches, shown, strict=True):
+            yield drawn, indices, x
+
+    def step(self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor) -> None:
+        """One step of the optimizer and of the average; at the end of an epoch, its loss."""
+        setup, training, steps = self.setup, self.setup.training, self.setup.steps
+        torch.manual_seed(torch_seed(setup.key, "dropout", self.taken))
+        for group in self.optimizer.param_groups:
+            done = (epoch + self.taken % steps / steps) / setup.epochs
+            group["lr"] = learning_rate(training, done)
+        classes, soft = setup.labels.targets(epoch, drawn, indices, x, self.ranks)
+        logits = forward(self.student, x, self.ranks)
+        loss = student_loss(logits, classes, soft, training.kappa_ce, training.kappa_mse)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        # The average warms up, so that short trainings are not judged on their initial weights.
+        warm = (1 + self.taken) / (10 + self.taken)
+        decay = min(training.ema, warm) if training.ema else 0.0
+        registry.update_ema(self.average, self.student, decay)
+        self.total += loss.detach() / steps
+        self.taken += 1
+        if self.taken % steps == 0:
+            self.history.append(float(self.total))
+            self.total.zero_()
+
+
+def optimizer_of(training: Training, student: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov's momentum."""
+    parameters, decay = student.parameters(), training.weight_decay
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=decay,
+        nesterov=training.momentum > 0,
+    )
+
+
+def learning_rate(training: Training, done: float) -> float:
+    """The rate when the share `done` in [0, 1) of training is over: cosine to 0; cosine2: EDC's
+    smooth schedule with ζ = 2, to half the rate; steps: halved at 80, 90 and 95 %."""
+    if training.schedule in ("cosine", "cosine2"):
+        zeta = 2 if training.schedule == "cosine2" else 1
+        return training.lr * 0.5 * (1 + math.cos(math.pi * done / zeta))
+    return training.lr * 0.5 ** sum(done >= mark for mark in (0.8, 0.9, 0.95))
+
+
+def student_loss(
+    logits: Tensor, classes: Tensor, teacher: Tensor | None, kappa_ce: float, kappa_mse: float
+) -> Tensor:
+    """κ1 · CE(s(x), y) + κ2 · MSE(s(x), teacher logits); the plain cross-entropy where there are
+    no soft labels.
+
+    `classes` float [b, C] are the mixed classes, `teacher` float [b, C] the logits.
+    """
+    ce = -(classes * F.log_softmax(logits, 1)).sum(1).mean()
+    return ce if teacher is None else kappa_ce * ce + kappa_mse * F.mse_loss(logits, teacher)
+
+
+def _entries(history: list[float]) -> list[dict[str, Any]]:
+    return [{"epoch": epoch, "loss": round(loss, 5)} for epoch, loss in enumerate(history)]

@@ -1,0 +1,137 @@
+"""Stage "evaluate": all students' results and the judged networks in one ``results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ltdd_scale.data.images import Images
+from ltdd_scale.data.loader import open_images, prepare
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
+from ltdd_scale.judging.student import PLAIN
+from ltdd_scale.models import frozen
+from ltdd_scale.results import WHOLE_SETS
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks
+
+TEACHER = "teacher"  # the title of the judged network whose plain head may stand in
+Row = dict[str, Any]
+
+
+def run(settings: Any, context: Context) -> dict[str, Any]:
+    """Write ``results.json``: rows of the configured labels, the summary over seeds, the matrix,
+    and the loss curves of the first seed's students."""
+    if not context.ranks.is_main:
+        return {}
+    folders = [f for name, f in context.inputs.items() if name.startswith("student/")]
+    found = [files.read_json(folder / "result.json") for folder in folders]
+    rows = [f["row"] for f in found]
+    test = _test(settings, context)
+    judged = {
+        title: frozen.load(context.input(title) / file, context.ranks)
+        for title, (_, file) in settings.judged.items()
+    }
+    plain, kind = [r for r in rows if r["set"] == PLAIN], settings.labels
+    small = [r for r in rows if r["set"] != PLAIN]
+    summary = {
+        "split": settings.split,
+        "labels": kind,
+        "balanced_test": is_balanced(test.labels, test.num_classes),
+        "students": summarize(small),
+        "experts": {
+            title: {"net": network.recipe["net"], **test.judge(network)[0]}
+            for title, network in judged.items()
+        },
+    }
+    if plain:
+        summary["plain"] = plain_students(plain)
+    elif settings.plain == "expert" and TEACHER in judged:
+        summary["plain"] = _plain_head(judged[TEACHER], settings.debias, test)
+    results = {
+        "rows": [r for r in rows if _is_shown(r, kind)],
+        "summary": summary,
+        "matrix": small if settings.matrix else [],
+        "loss_curves": [_curve(f) for f in found if f["row"]["seed"] == settings.seed],
+    }
+    files.write_json(context.out / "results.json", results)
+    return {}
+
+
+def is_balanced(labels: np.ndarray, num_classes: int) -> bool:
+    """Whether `labels` int64 [N] has equally many images of each class."""
+    return len(set(np.bincount(labels, minlength=num_classes).tolist())) == 1
+
+
+def plain_students(rows: list[Row]) -> list[Row]:
+    """The plain networks as they are, and after logit adjustment: means over seeds."""
+    out = []
+    for net in dict.fromkeys(row["net"] for row in rows):
+        own = [row for row in rows if row["net"] == net]
+        adjusted = [row["adjusted"] for row in own]
+        out.append({"title": "plain, whole set", "net": net, **mean_of(own)})
+        out.append({"title": "plain, logit-adjusted", "net": net, **mean_of(adjusted)})
+    return out
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The images that networks are judged on, and the training images of each class, int [C]."""
+
+    images: Images
+    labels: np.ndarray
+    groups: list[str]
+    train_counts: np.ndarray
+    normalize: Callable[[Tensor], Tensor]
+    ranks: Ranks
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train_counts)
+
+    def judge(self, network: Any) -> tuple[Row, Tensor]:
+        """(metrics, logits float32 [N, C]) of what `frozen.predict` takes."""
+        logits = frozen.predict(network, self.images, self.normalize, self.ranks)
+        return metrics(logits, self.labels, self.groups), logits
+
+
+def _test(settings: Any, context: Context) -> _Test:
+    device, shard = context.ranks.device, context.input("shard")
+    split, held = ShardSplit(shard, "train"), ShardSplit(shard, settings.split)
+    return _Test(
+        images=open_images(held, settings.images, device, context.workers),
+        labels=held.labels,
+        groups=split.manifest["groups"],
+        train_counts=split.counts,
+        normalize=prepare(split, device),
+        ranks=context.ranks,
+    )
+
+
+def _plain_head(teacher: frozen.Frozen, debiased: bool, test: _Test) -> list[Row]:
+    """The plain head of the teacher instead of a plain network. An expert that was not debiased is
+    a plain network: its other head is the one it has trained."""
+    head = teacher.plain_logits if debiased else teacher.logits
+    numbers, logits = test.judge(head)
+    adjusted = metrics(logit_adjusted(logits, test.train_counts), test.labels, test.groups)
+    title, net = "teacher's plain head", teacher.recipe["net"]
+    return [
+        {"title": title, "net": net, **mean_of([numbers])},
+        {"title": f"{title}, logit-adjusted", "net": net, **mean_of([adjusted])},
+    ]
+
+
+def _is_shown(row: Row, kind: str) -> bool:
+    """Whether a row belongs to the result, and not to the label matrix alone."""
+    own = row["labels"] == kind and row["set"] in ("distilled", "random")
+    return own or row["set"] in WHOLE_SETS
+
+
+def _curve(found: dict[str, Any]) -> Row:
+    row = found["row"]
+    return {**{k: row[k] for k in ("set", "labels", "net", "seed")}, "loss": found["loss"]}

@@ -1,0 +1,42 @@
+"""The kinds of labels, a line each."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from ltdd_scale.labels.settings import Adjusted, Stored
+from ltdd_scale.settings import Settings
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`module` makes and reads such labels (see `labels/contract.py` for what a module has).
+
+    `settings` is what of the section `relabel` they depend on, None where they depend on nothing.
+    `teacher`: whether a network has to label the images. `views`: whether labels belong to the
+    views of an epoch. `each_view`: whether a student's step needs a pass of the teacher.
+    """
+
+    name: str
+    module: str
+    settings: type[Settings] | None
+    teacher: bool
+    views: bool = False
+    each_view: bool = False
+
+    def code(self) -> ModuleType:
+        """The module that makes and reads such labels. It imports torch, this file does not."""
+        return importlib.import_module(self.module)
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("online", "ltdd_scale.labels.online", Adjusted, teacher=True, each_view=True),
+        Kind("stored", "ltdd_scale.labels.stored", Stored, teacher=True, views=True),
+        Kind("single", "ltdd_scale.labels.single", Adjusted, teacher=True),
+        Kind("hard", "ltdd_scale.labels.hard", None, teacher=False),
+    )
+}

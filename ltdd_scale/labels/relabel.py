@@ -1,0 +1,52 @@
+"""Stage "relabel": labels of the distilled images, or a note of how a student gets them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltdd_scale.data.distilled import Distilled
+from ltdd_scale.data.loader import prepare
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.contract import Maker, label_key
+from ltdd_scale.labels.settings import Views
+from ltdd_scale.labels.views import view_spec
+from ltdd_scale.models import frozen
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+
+
+def run(settings: Any, context: Context) -> dict[str, Any]:
+    """Write ``labels.json`` (kind, seed, epochs, τ) and the files of the kind (`Kind.code`)."""
+    kind = KINDS[settings.labels]
+    facts = {"labels": kind.name, "seed": label_key(settings.seed), "epochs": 0, "tau": 0.0}
+    # Nothing is made here of classes, nor of what the teacher says at student time, unless its
+    # logits are to be adjusted: then τ is found here, once for all students.
+    at_student_time = kind.each_view and not settings.relabel.adjust
+    if kind.teacher and not at_student_time:
+        facts |= kind.code().make(_maker(settings, context), context.out, context)
+    if context.ranks.is_main:
+        files.write_json(context.out / "labels.json", facts)
+    return facts
+
+
+def _maker(settings: Any, context: Context) -> Maker:
+    ranks, seen = context.ranks, settings.images
+    split = ShardSplit(context.input("shard"), "train")
+    num_classes = len(split.classes)
+    held = Distilled(context.input("distilled"), num_classes)
+    # Kinds whose labels do not belong to views look at whole images only.
+    views = settings.views if "views" in settings else Views()
+    return Maker(
+        images=held.images(ranks.device, seen.memory_gb),
+        teacher=frozen.load(context.input("teacher") / "weights.pt", ranks),
+        normalize=prepare(split, ranks.device),
+        spec=view_spec(views, seen.resolution, seen.mirror),
+        views=views,
+        relabel=settings.relabel,
+        num_classes=num_classes,
+        train_counts=split.counts,
+        seed=settings.seed,
+        epochs=settings.student_epochs if "student_epochs" in settings else 0,
+        ranks=ranks,
+    )

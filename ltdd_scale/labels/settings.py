@@ -1,0 +1,42 @@
+"""Settings of soft labels, and of the views that they are made on."""
+
+from __future__ import annotations
+
+from ltdd_scale.settings import Areas, Settings, Switch, Text, Whole, option
+
+
+class Views(Settings):
+    """The augmentation of a distilled set: drawn from a seed, so that it can be drawn again."""
+
+    crop_scale: Areas = option([0.5, 1.0], "area range of the student's RandomResizedCrop")
+    randaugment: Whole = option(0, "RandAugment operations an image", low=0)
+    magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
+    cutmix: Switch = option(True, "CutMix between images of the set")
+
+
+class Adjusted(Settings):
+    """What every soft label depends on."""
+
+    adjust: Switch = option(
+        False, "ADSA: subtract τ·log π from the teacher's logits, τ found on the distilled images"
+    )
+    batch_size: Whole = option(256, "images a teacher pass", low=1)
+
+
+class Stored(Adjusted):
+    """What labels stored epoch by epoch depend on."""
+
+    topk: Whole = option(0, "stored: logits kept an image and epoch; 0: all", low=0)
+    epochs: Whole = option(
+        0, "stored: epochs of labels, used in turn; 0: as many as the student has", low=0
+    )
+
+
+class Relabel(Stored):
+    """Soft labels."""
+
+    labels: Text = option(
+        "online",
+        "online: teacher at student time; stored: top-k logits of every epoch's view; "
+        "single: one soft label an image; hard: classes",
+    )

@@ -1,0 +1,45 @@
+"""The record of the stage "relabel"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltdd_scale.data.settings import Seen
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.settings import Views
+from ltdd_scale.stage import Section, Stage, places
+
+
+def reads(kind: str) -> dict[str, Any]:
+    """What labels of `kind` depend on, wherever they are made."""
+    found = KINDS[kind]
+    return {"relabel": Section("relabel", found.settings)} if found.settings else {}
+
+
+def stage(config: Any, distilled: str) -> Stage:
+    """Labels of the distilled set, which lies in the folder of the stage `distilled`."""
+    kind = KINDS[config.relabel.labels]
+    views = {"views": Section("evaluate", Views), "student_epochs": "evaluate.epochs"}
+    # What the work costs. The inputs' fingerprints hold these already.
+    size = {**places("ipc"), **places("teacher.net", "teacher.width", "teacher.norm")}
+    return Stage(
+        name="relabel",
+        kind="relabel",
+        version=3,
+        run="ltdd_scale.labels.relabel:run",
+        reads={
+            **reads(kind.name),
+            **(views if kind.views else {}),
+            **(size if kind.teacher else {}),
+            **places("seed", "runtime.precision"),
+            "images": Section("data", Seen),
+        },
+        given={"labels": kind.name},
+        inputs={
+            "shard": "shard",
+            "distilled": distilled,
+            **({"teacher": "teacher"} if kind.teacher else {}),
+        },
+        cost="ltdd_scale.labels.cost:relabel",
+        help="make the soft labels",
+    )

@@ -1,0 +1,149 @@
+"""Labels "stored": the teacher's logits on every view of every epoch, made once, as fp16.
+
+Views are drawn from the labels' own seed: every student sees those that were labelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltdd_scale.data import distilled
+from ltdd_scale.errors import UserError
+from ltdd_scale.labels.adjust import shift_of, shifted, tau_of
+from ltdd_scale.labels.contract import Maker, label_key
+from ltdd_scale.labels.views import EpochViews, draw_epoch, mix, onehot, render
+from ltdd_scale.runtime.ranks import Ranks
+
+Packed = dict[str, np.ndarray]  # of one epoch, see `pack`
+PARTS = ("values", "classes")  # the second with top-k only
+
+
+class Stored:
+    """See `contract.Labels`. `table` holds the packed epochs, drawn with `seed`, used in turn."""
+
+    kind = "stored"
+
+    def __init__(self, maker: Maker, table: Sequence[Packed], seed: int | str):
+        self.onehot = onehot(maker.images.labels, maker.num_classes, maker.ranks.device)
+        self.table, self.seed, self.num_classes = table, seed, maker.num_classes
+
+    def view_key(self, student_seed: int | str, epoch: int) -> tuple[int | str, int]:
+        return self.seed, epoch % len(self.table)
+
+    def targets(
+        self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        packed = self.table[epoch % len(self.table)]
+        logits = unpack(packed, indices, self.num_classes, x.device)
+        return mix(self.onehot, drawn, indices), logits
+
+
+def make(maker: Maker, folder: Path, context: Any) -> dict[str, Any]:
+    """Write ``epoch-00000-values.npy`` (fp16) and, with top-k, ``-classes.npy`` (int16).
+
+    Epochs are the unit of work, and batches have a fixed composition: the bytes do not depend on
+    the number of ranks.
+    """
+    tau = tau_of(maker)
+    shift = shift_of(tau, maker.train_counts, maker.ranks.device)
+    epochs = _num_epochs(maker)
+    mine = context.mine(range(epochs))
+    progress = context.progress("relabel", len(mine), "epochs")
+    for k, epoch in enumerate(mine):
+        if not _file(folder, epoch, "values").exists():
+            packed = store_epoch(maker, epoch, shift)
+            for part in sorted(packed):  # classes first: the values say that the epoch is done
+                distilled.save(_file(folder, epoch, part), packed[part])
+        progress.update(k + 1)
+    return {"epochs": epochs, "tau": tau}
+
+
+def load(folder: Path, facts: dict[str, Any], maker: Maker) -> Stored:
+    """The epochs of a folder, each memory-mapped while the student is at it: all at once would need
+    more open files than a process may have. Raises `UserError` where one is missing."""
+    epochs, there = facts["epochs"], {path.name for path in folder.iterdir()}
+    topk = any(_file(folder, epoch, "classes").name in there for epoch in range(epochs))
+    parts = PARTS if topk else PARTS[:1]
+    for path in (_file(folder, epoch, part) for epoch in range(epochs) for part in parts):
+        if path.name not in there:
+            raise UserError(f"{path}: missing; delete {folder} and make the labels again")
+
+    def opened(epoch: int) -> Packed:
+        return {part: np.load(_file(folder, epoch, part), mmap_mode="r") for part in parts}
+
+    return Stored(maker, MadeWhenAsked(epochs, opened), facts["seed"])
+
+
+def fresh(maker: Maker) -> Stored:
+    """Labels of a set that has none on the disk: each epoch made when the student comes to it."""
+    shift = shift_of(tau_of(maker), maker.train_counts, maker.ranks.device)
+
+    def packed(epoch: int) -> Packed:
+        return store_epoch(maker, epoch, shift)
+
+    return Stored(maker, MadeWhenAsked(_num_epochs(maker), packed), label_key(maker.seed))
+
+
+def store_epoch(maker: Maker, epoch: int, shift: Tensor | None) -> Packed:
+    """The packed, adjusted teacher logits of one epoch's views of every image."""
+    images, size = maker.images, maker.relabel.batch_size
+    key, cutmix = label_key(maker.seed), maker.views.cutmix
+    drawn = draw_epoch(maker.spec, images.sizes, key, epoch, cutmix)
+    order = np.arange(len(images.labels))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    shown = render(images, drawn, batches, maker.spec, maker.normalize)
+    logits = torch.cat([maker.teach(x) for x in shown])
+    return pack(shifted(logits, shift), maker.relabel.topk)
+
+
+def pack(logits: Tensor, topk: int) -> Packed:
+    """Logits [n, C] as fp16 "values". With 0 < topk < C: the k largest, their "classes" int16, and
+    the mean of the rest in the last column of the values."""
+    if not topk or topk >= logits.shape[1]:
+        return {"values": logits.half().cpu().numpy()}
+    values, classes = logits.topk(topk, 1)
+    rest = (logits.sum(1) - values.sum(1)) / (logits.shape[1] - topk)
+    return {
+        "values": torch.cat([values, rest[:, None]], 1).half().cpu().numpy(),
+        "classes": classes.to(torch.int16).cpu().numpy(),
+    }
+
+
+def unpack(packed: Packed, rows: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
+    """Logits float32 [len(rows), C] from `pack`, the rest filled with its mean."""
+    values = torch.from_numpy(packed["values"][rows]).to(device).float()
+    if "classes" not in packed:
+        return values
+    out = values[:, -1:].expand(-1, num_classes).clone()
+    classes = torch.from_numpy(packed["classes"][rows].astype(np.int64)).to(device)
+    return out.scatter_(1, classes, values[:, :-1])
+
+
+class MadeWhenAsked(Sequence):
+    """Packed epochs, each made or opened when it is asked for; the last one is kept."""
+
+    def __init__(self, num_epochs: int, make: Callable[[int], Packed]):
+        self._num_epochs, self._make = num_epochs, make
+        self._last: tuple[int, Packed] = (-1, {})
+
+    def __len__(self) -> int:
+        return self._num_epochs
+
+    def __getitem__(self, epoch):
+        if self._last[0] != epoch:
+            self._last = (epoch, self._make(epoch))
+        return self._last[1]
+
+
+def _num_epochs(maker: Maker) -> int:
+    return maker.relabel.epochs or maker.epochs
+
+
+def _file(folder: Path, epoch: int, part: str) -> Path:
+    return folder / f"epoch-{epoch:05d}-{part}.npy"

@@ -1,0 +1,104 @@
+"""Views of a distilled set that can be drawn again from a seed.
+
+The views of an epoch belong to (seed, epoch, image): partner, box, crop and operations are drawn
+for the whole set at once. So a stored label is found by (epoch, image) alone, whatever the batch
+size of who uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltdd_scale.data import augment
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import Images
+from ltdd_scale.labels import settings
+from ltdd_scale.runtime.ranks import rng
+
+
+@dataclass
+class EpochViews:
+    """The augmentation of a whole set of n images in one epoch: each image's view, its CutMix
+    partner int [n], box int [n, 4] and share λ float32 [n] of the image itself."""
+
+    views: augment.Views
+    partners: np.ndarray
+    boxes: np.ndarray
+    lam: np.ndarray
+
+
+def view_spec(views: settings.Views, resolution: int, mirror: bool) -> ViewSpec:
+    """What views of side `resolution` are drawn from. `mirror`: whether some are mirrored."""
+    low, high = views.crop_scale
+    return ViewSpec(resolution, (low, high), 0, mirror, views.randaugment, views.magnitude)
+
+
+def draw_epoch(
+    spec: ViewSpec, sizes: np.ndarray, seed: int | str, epoch: int, cutmix: bool
+) -> EpochViews:
+    """The views of images of `sizes` int [n, 2] (width, height) in one epoch."""
+    generator = rng(seed, "student views", epoch)
+    views = spec.draw(generator, sizes)
+    n = len(sizes)
+    partners = generator.permutation(n)
+    boxes, lam = augment.cutmix_boxes(generator, n, spec.resolution)
+    if not cutmix:
+        partners, boxes, lam = np.arange(n), np.zeros_like(boxes), np.ones_like(lam)
+    return EpochViews(views, partners, boxes, lam)
+
+
+def render(
+    images: Images,
+    epoch: EpochViews,
+    batches: list[np.ndarray],
+    spec: ViewSpec,
+    normalize: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """Normalised augmented images float [b, 3, R, R] of each batch of indices."""
+    plans = []
+    for indices in batches:
+        partners = epoch.partners[indices]
+        both = np.concatenate([indices, partners[epoch.lam[indices] < 1]])
+        plans.append((both, epoch.views[both]))
+    for indices, x in zip(batches, images.stream(plans, spec), strict=True):
+        x = normalize(x)
+        own = x[: len(indices)]
+        chosen = np.flatnonzero(epoch.lam[indices] < 1)
+        if len(chosen):
+            own, mixed = own.clone(), torch.from_numpy(chosen).to(x.device)
+            own[mixed] = augment.paste(own[mixed], x[len(indices) :], epoch.boxes[indices][chosen])
+        yield own
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Classes int64 [n] as a table float32 [n, C] of which only the rows asked for are made: whole,
+    it would take 4·n·C bytes."""
+
+    classes: Tensor
+    num_classes: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.classes.device
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        """Rows `indices` [b], float32 [b, C]."""
+        rows = torch.zeros(len(indices), self.num_classes, device=self.device)
+        return rows.scatter_(1, self.classes[indices][:, None], 1.0)
+
+
+def mix(table: Tensor | OneHot, drawn: EpochViews, indices: np.ndarray) -> Tensor:
+    """Rows `indices` of `table` [n, C], mixed as CutMix has mixed the images: [b, C]."""
+    lam = torch.from_numpy(drawn.lam[indices]).to(table.device)[:, None]
+    return lam * table[indices] + (1 - lam) * table[drawn.partners[indices]]
+
+
+def onehot(classes: np.ndarray, num_classes: int, device: torch.device) -> OneHot:
+    """Classes int64 [n] as the rows that `mix` takes."""
+    return OneHot(torch.from_numpy(classes).to(device), num_classes)

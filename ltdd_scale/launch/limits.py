@@ -1,0 +1,263 @@
+"""What a request asks for against what is there: ranks, memory, disk. Asked before anything starts.
+
+A wrong guess costs a `--force`; a machine that is brought down costs other people's work. So the
+costs are rough, and only what is clearly too much is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ltdd_scale.errors import UserError
+from ltdd_scale.launch import perform
+from ltdd_scale.launch.jobs import Job
+from ltdd_scale.pipeline.graph import Node
+from ltdd_scale.pipeline.store import complete
+from ltdd_scale.runtime import files
+from ltdd_scale.session import Session
+from ltdd_scale.stage import Cost, Division, Facts, Resources, function
+
+RANKS_A_CORE = 4  # above this many ranks a core the machine no longer answers
+PYTHON = 0.4e9  # bytes of a rank that has imported torch
+HALF = 0.5  # activations are bfloat16 on a GPU; costs are of float32
+INSIST = "(--force to insist)"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def may_have_gpu() -> bool:
+    """Quick, without torch: whether there is a device file of a GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def check(work: Session, num_ranks: int) -> dict[str, Any]:
+    """Raise `UserError` where the pending stages cannot work here: in one line that says what to
+    change. With `force` say it and go on. Returns what `remember` is given.
+
+    `num_ranks`: ranks on this machine.
+    """
+    nodes = [work.nodes[name] for name in work.pending()]
+    check_ranks(num_ranks, work.config.runtime.device, work.request.force)
+    known = _asked_before(work)
+    if not all(n.fingerprint in known for n in nodes):
+        check_settings(nodes)
+        facts = perform.known_facts(work.config, work.request.source, work.store)
+        found = costs(nodes, facts)
+        new = {n.fingerprint: asdict(found[n.name]) if n.name in found else None for n in nodes}
+        known = {**known, **new}
+    wanted = any(n.stage.resources is not Resources.CPU for n in nodes)
+    gpu = gpu_memory() if wanted and work.config.runtime.device != "cpu" else 0.0
+    found = {n.name: Cost(**c) for n in nodes if (c := known[n.fingerprint])}
+    check_sizes(nodes, found, work.store, num_ranks, work.request.force, gpu)
+    return known
+
+
+COSTS = ".costs.json"
+
+
+def _asked_before(work: Session) -> dict[str, Any]:
+    """Costs that the run folder keeps, by fingerprint."""
+    path = work.out / COSTS
+    return files.read_json(path) if path.exists() else {}
+
+
+def remember(work: Session, known: dict[str, Any]) -> None:
+    """Keep the costs in the run folder: a command that goes on starts without waiting for torch."""
+    if known != _asked_before(work):
+        files.write_json(work.out / COSTS, known)
+
+
+def check_ranks(num: int, device: str, force: bool) -> None:
+    """Ranks against GPUs, or against cores where there are none."""
+    if num <= 1:
+        return
+    if device != "cpu" and may_have_gpu():
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if torch.cuda.is_available() and num > gpus:
+            _refuse(f"--nproc {num}, but there are {gpus} GPUs: use --nproc {gpus}", force)
+        if torch.cuda.is_available():
+            return
+    most = RANKS_A_CORE * cores()
+    if num > most:
+        _refuse(f"--nproc {num}, but there are {cores()} cores: use at most {most}", force)
+    elif num > cores():
+        print(
+            f"warning: {num} ranks on {cores()} cores: one rank a core is as fast",
+            file=sys.stderr,
+        )
+
+
+def check_settings(nodes: Iterable[Node]) -> None:
+    """What each stage says of its own settings: that a net takes the resolution, for instance."""
+    asked = set()
+    for node in nodes:
+        key = (node.stage.check, str(node.settings.hashed()))
+        if node.stage.check and key not in asked:
+            asked.add(key)
+            function(node.stage.check)(node.settings)
+
+
+def costs(nodes: Iterable[Node], facts: Facts) -> dict[str, Cost]:
+    """The cost of each node that has one."""
+    found = [n for n in nodes if n.stage.cost]
+    return {n.name: function(n.stage.cost)(n.settings, facts) for n in found}
+
+
+def check_sizes(
+    nodes: list[Node],
+    found: dict[str, Cost],
+    store: Path,
+    num_ranks: int,
+    force: bool,
+    gpu: float = 0.0,
+) -> None:
+    """Memory of the hungriest stage and disk of all stages against what is free.
+
+    `gpu`: bytes of memory of a GPU; 0: the stages run on the CPUs of this machine.
+    """
+    by_name = {n.name: n.stage for n in nodes}
+
+    def memory(name: str) -> float:
+        """On one GPU, or on the machine."""
+        cost = found[name]
+        ranks = 1 if by_name[name].division is Division.ONE else num_ranks
+        if gpu:
+            return cost.memory + HALF * (cost.activations + cost.batch / ranks)
+        return (cost.memory + cost.activations) * ranks + cost.batch + num_ranks * PYTHON
+
+    hungriest, have = max(found, key=memory, default=None), gpu or free_memory()
+    if hungriest is not None and memory(hungriest) > have:
+        where = "a GPU" if gpu else f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+        there = "are there" if gpu else "are free"
+        fewer = " or --nproc" if num_ranks > 1 and not gpu else ""
+        _refuse(
+            f"{hungriest} needs about {_gb(memory(hungriest))} of memory on {where}, and "
+            f"{_gb(have)} {there}: lower {by_name[hungriest].smaller}{fewer}",
+            force,
+        )
+    check_disk(nodes, found, store, force)
+
+
+def check_jobs(
+    nodes: Mapping[str, Node], jobs: Iterable[Job], facts: Facts | None, store: Path
+) -> None:
+    """The jobs of one config: their settings, the memory that each is given, the disk of all.
+
+    Memory is compared for jobs without GPUs alone: it is theirs that networks need. `facts`: None
+    where nothing is known of the set here.
+    """
+    jobs = list(jobs)
+    force = any(request.force for job in jobs for request in job.requests)
+    left = [n for n in nodes.values() if not complete(n.folder(store))]
+    check_settings(left)
+    if facts is None:
+        return
+    found = costs(left, facts)
+    check_disk(left, found, store, force)
+    for job in jobs:
+        ranks, given = job.wants.tasks_per_node, job.wants.mem_gb * 2**30
+        mine = [n for n in left if n.where in job.nodes and n.name in found]
+        if not given or job.wants.gpus_per_node:
+            continue
+        for node in mine:
+            cost = found[node.name]
+            need = (cost.memory + cost.activations + PYTHON) * ranks + cost.batch
+            if need > given:
+                _refuse(
+                    f"{node.name} needs about {_gb(need)} of memory, and the profile gives its "
+                    f"job {_gb(given)}: raise mem_gb, or lower {node.stage.smaller}",
+                    force,
+                )
+
+
+def check_disk(nodes: list[Node], found: dict[str, Cost], store: Path, force: bool) -> None:
+    """Disk of all stages that are left against what is free under the store."""
+    smaller = {n.name: n.stage.smaller for n in nodes}
+    folders = {n.name: n.folder(store) for n in nodes}
+    # What an interrupted stage has written is there already.
+    left = {name: max(c.disk - _written(folders[name]), 0.0) for name, c in found.items()}
+    asked, have = sum(left.values()), free_disk(store)
+    if asked > have:
+        largest = max(left, key=lambda name: left[name])
+        _refuse(
+            f"the stages that are left need about {_gb(asked)} of disk ({largest} most), and "
+            f"{store} has {_gb(have)} free: lower {smaller[largest]}, or choose another --store",
+            force,
+        )
+
+
+def _written(folder: Path) -> float:
+    """Bytes of the files in a stage's folder."""
+    if not folder.is_dir():
+        return 0.0
+    return float(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+
+
+def _refuse(text: str, force: bool) -> None:
+    if not force:
+        raise UserError(f"{text} {INSIST}")
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def free_memory() -> float:
+    """Bytes that new processes may use: of the machine, or of our control group."""
+    free = float("inf")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024.0
+    root = Path("/sys/fs/cgroup")
+    groups = (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    )
+    for limit, used, table, cache in groups:
+        try:
+            text = (root / limit).read_text().strip()
+            if text == "max":
+                continue
+            rows = dict(line.split() for line in (root / table).read_text().splitlines())
+            # The kernel gives file pages back when somebody asks for memory.
+            taken = float((root / used).read_text()) - float(rows.get(cache, 0))
+            free = min(free, float(text) - taken)
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def gpu_memory() -> float:
+    """Bytes of memory of the first GPU, 0 where there is none."""
+    if not may_have_gpu():
+        return 0.0
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    # Not `mem_get_info`: that would keep a context on the GPU while ranks work.
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def free_disk(folder: Path) -> float:
+    while not folder.exists():
+        folder = folder.parent
+    return float(shutil.disk_usage(folder).free)
+
+
+def _gb(size: float) -> str:
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
+    unit, scale = next((u for u in units if size >= u[1]), units[-1])
+    return f"{size / scale:.1f} {unit}"

@@ -1,0 +1,154 @@
+"""From a config to a request, from a request to an exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltdd_scale import recipe, session
+from ltdd_scale.config import load
+from ltdd_scale.config.root import check
+from ltdd_scale.data import backend, digest, shards, sources
+from ltdd_scale.data.settings import Location
+from ltdd_scale.errors import UserError
+from ltdd_scale.launch.guard import guarded
+from ltdd_scale.pipeline import graph
+from ltdd_scale.request import Request
+from ltdd_scale.runtime import files, place
+from ltdd_scale.session import Session
+from ltdd_scale.stage import Facts, Section, function, look_up
+
+SHARE = 0.1  # of a run's FLOPs that the plain network may cost
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with nothing left to resolve, and the digest of its images."""
+
+    config: Any
+    source: str
+    asked: str  # hash of the config as it was asked for
+
+
+def resolve(
+    config: Any, out: Path, quiet: bool = True, read: dict[str, str] | None = None
+) -> Resolved:
+    """Decide what the config leaves open, once: the decoder, and the plain network's place.
+
+    What the run folder `out` has on record stays as it is, so that a run goes on as it began.
+    `read` keeps digests of sources, for a sweep whose points have one. Raises `UserError` where the
+    images are not there and nothing is on record of them.
+    """
+    if not quiet:
+        for warning in check(config):
+            print(f"warning: {warning}", file=sys.stderr)
+    record = out / session.RECORD
+    known = files.read_json(record) if record.exists() else {}
+    asked = hashlib.sha256(load.to_yaml(config).encode()).hexdigest()[:16]
+    same = known.get("asked") == asked
+    if config.train.engine == "deepspeed":  # jobs and 'status' may read it from elsewhere
+        path = str(Path(config.train.deepspeed).absolute())
+        config = load.changed(config, {"train.deepspeed": path})
+    choices = dict(known.get("resolved", {}))
+    if config.data.loader == "auto":
+        choices.setdefault("data.loader", backend.resolve_loader(config.data))
+        config = load.changed(config, {"data.loader": choices["data.loader"]})
+    where = f"{config.data.source} {look_up(config, Section('data', Location))}"
+    try:
+        source = (read or {}).get(where) or digest.of(config.data)
+    except UserError:
+        if known.get("chosen") != session.chosen_images(config):
+            raise
+        source = known["source"]  # the images are away: what was made of them still counts
+    if read is not None:
+        read[where] = source
+    if config.evaluate.plain == "auto":
+        if not (same and "evaluate.plain" in choices):
+            choices["evaluate.plain"] = plain_network(config, source)
+        config = load.changed(config, {"evaluate.plain": choices["evaluate.plain"]})
+    return Resolved(config, source, asked)
+
+
+def plain_network(config: Any, source: str) -> str:
+    """ "own" where the plain network is cheap beside the run, or where no expert could stand in."""
+    own = load.changed(config, {"evaluate.plain": "own"})
+    if "teacher" not in recipe.experts(own):
+        return "own"
+    nodes = graph.build(recipe.stages(own, source), own)
+    facts = sources.facts(config.data)
+    costs = {
+        name: function(node.stage.cost)(node.settings, facts).flops
+        for name, node in nodes.items()
+        if node.stage.cost
+    }
+    plain = sum(cost for name, cost in costs.items() if name.startswith("student/plain-"))
+    return "own" if plain <= SHARE * sum(costs.values()) else "expert"
+
+
+def make_request(
+    resolved: Resolved, targets: tuple[str, ...], out: Path, store: Path, **more: Any
+) -> Request:
+    """`more`: the other fields of a request."""
+    return Request(
+        config=load.to_yaml(resolved.config),
+        targets=targets,
+        out=str(out.absolute()),
+        store=str(store.absolute()),
+        source=resolved.source,
+        asked=resolved.asked,
+        **more,
+    )
+
+
+def known_facts(config: Any, source: str, store: Path) -> Facts:
+    """What is known of the set: from its shards where they are written, else from its source."""
+    nodes = graph.build(recipe.stages(config, source), config)
+    folder = nodes[recipe.SHARD].folder(store)
+    if (folder / "manifest.json").exists():
+        return shards.facts(folder)
+    return sources.facts(config.data)
+
+
+def perform(request: Request) -> int:
+    """A request as one rank of however many: enter, work, finish. Returns the exit code."""
+    return guarded(lambda: take_part(Session(request)))
+
+
+def take_part(work: Session) -> int:
+    """Work as one rank of however many that others started; rank 0 sees to the run folder."""
+    leads = place.here().is_main and not place.here().rendezvous
+    if leads:
+        session.enter(work)
+    if work.targets:
+        session.execute(work)
+    return finish(work) if leads else 0
+
+
+def finish(work: Session) -> int:
+    """Note what is done, write the report where it is asked for, say where things are."""
+    from ltdd_scale.publish import tables
+
+    session.note(work)
+    if not work.request.report:
+        for target in work.request.targets:
+            print(_done(work, target))
+        return 0
+    session.publish(work)
+    out = work.out
+    print(tables.table(files.read_json(out / "results.json")))
+    print(f"\ndistilled images  {out / 'distilled' / 'images'}")
+    print(f"results           {out / 'results.json'}, {out / 'results.md'}")
+    print(f"page to look at   {out / 'report.html'}")
+    return 0
+
+
+def _done(work: Session, target: str) -> str:
+    if work.request.part:
+        k, n = work.request.part
+        return f"{target}: part {k} of {n} done"
+    if target in work.nodes:
+        return f"{target}: done, in {work.nodes[target].folder(work.store)}"
+    return f"{target}: done"

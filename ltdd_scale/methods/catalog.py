@@ -1,0 +1,8 @@
+"""The methods, a line each."""
+
+from __future__ import annotations
+
+from ltdd_scale.methods.contract import Method
+from ltdd_scale.methods.rldd.method import RLDD
+
+METHODS: dict[str, Method] = {m.name: m for m in (RLDD,)}

@@ -1,0 +1,73 @@
+"""How recovery's work is cut: class chunks, each one batch and one unit of work.
+
+Classes are taken at a stride, so that head and tail meet in a batch, and some images of each. What
+is in a chunk depends on the settings alone: the same bytes on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ltdd_scale.stage import Facts
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`classes` × images `first` … `last` − 1 of each."""
+
+    number: int
+    classes: tuple[int, ...]
+    first: int
+    last: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of each image, int64 [n]: all images of a class together."""
+        return np.repeat(self.classes, self.last - self.first)
+
+
+def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) -> list[Chunk]:
+    """All chunks, of at most `batch_size` images.
+
+    Chunk g of G takes classes g, g + G, …: the long tail, thinned, in every batch.
+    `chunk_classes`: classes of a chunk; 0: as many as fit.
+    """
+    groups, images = _sizes(num_classes, batch_size, chunk_classes)
+    out: list[Chunk] = []
+    for g in range(groups):
+        for first in range(0, ipc, images):
+            classes = tuple(range(g, num_classes, groups))
+            out.append(Chunk(len(out), classes, first, min(first + images, ipc)))
+    return out
+
+
+def _sizes(num_classes: int, batch_size: int, chunk_classes: int) -> tuple[int, int]:
+    """Groups of classes, and the images of a class that one chunk has."""
+    per_chunk = min(chunk_classes or num_classes, num_classes, batch_size)
+    groups = -(-num_classes // per_chunk)
+    return groups, max(1, batch_size // -(-num_classes // groups))
+
+
+def _count(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> int:
+    groups, images = _sizes(num_classes, batch_size, chunk_classes)
+    return groups * -(-ipc // images)
+
+
+def pieces(settings: Any, facts: Facts) -> int:
+    """The number of chunks: more ranks than these have nothing to do."""
+    recover = settings.recover
+    return _count(facts.num_classes, settings.ipc, recover.batch_size, recover.chunk_classes)
+
+
+def more_pieces(settings: Any, facts: Facts, world_size: int) -> str:
+    """Which setting gives `world_size` ranks a chunk each; empty where none does."""
+    recover, classes = settings.recover, facts.num_classes
+    size = max(1, recover.batch_size * pieces(settings, facts) // world_size)
+    while size > 1 and _count(classes, settings.ipc, size, recover.chunk_classes) < world_size:
+        size -= 1
+    if _count(classes, settings.ipc, size, recover.chunk_classes) < world_size:
+        return ""
+    return f"smaller chunks with --set recover.batch_size={size}"

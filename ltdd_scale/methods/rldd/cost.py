@@ -1,0 +1,106 @@
+"""What the stages of the method cost: FLOPs in all, memory of one rank, bytes on the disk.
+
+Estimates to plan with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from ltdd_scale.methods.rldd.settings import Net
+from ltdd_scale.models import flops, registry
+from ltdd_scale.stage import Cost, Facts
+
+
+def calibrate(settings: Any, facts: Facts) -> Cost:
+    """A pass over the set a layer, up to that layer; or one pass; or none."""
+    own, seen = settings.calibrate, settings.images
+    observer = _measure(settings.observer, seen.resolution)
+    held = _weights(observer, facts)
+    if not own.fair:
+        return Cost(memory=held, disk=held)
+    passes = 1.0
+    if own.recalibrate:
+        passes = (observer.norm_layers + 1) / 2 + own.conv_inputs
+    batch = min(own.batch_size, facts.num_images)
+    moments = _moments(settings.observer, seen.resolution, own.conv_inputs, facts)
+    return Cost(
+        flops=passes * facts.num_images * observer.flops,
+        # While the file is written, its bytes are there thrice beside the moments.
+        memory=held + _decoded(seen, facts) + 4 * moments,
+        activations=batch * observer.passing,
+        disk=held + moments,
+    )
+
+
+def initialize(settings: Any, facts: Facts) -> Cost:
+    """The teacher sees every crop of every image."""
+    own, seen = settings.initialize, settings.images
+    images = _images(facts.num_classes * settings.ipc, seen)
+    if not own.confident:
+        memory = _decoded(seen, facts) + _images(settings.ipc, seen)
+        return Cost(memory=memory, disk=images)
+    teacher = _measure(settings.teacher, seen.resolution)
+    batch = min(own.batch_size, max(facts.counts) * own.crops)
+    return Cost(
+        flops=facts.num_images * own.crops * teacher.flops,
+        memory=_weights(teacher, facts) + _decoded(seen, facts),
+        activations=batch * teacher.passing,
+        disk=images,
+    )
+
+
+def recover(settings: Any, facts: Facts) -> Cost:
+    """Forward passes and input gradients (as much again) of the observer, and of the teacher where
+    it guards the images."""
+    own, seen = settings.recover, settings.images
+    nets = [settings.observer, *([settings.teacher] if own.teacher_ce > 0 else [])]
+    measures = [_measure(net, seen.resolution) for net in nets]
+    small = facts.num_classes * settings.ipc
+    batch = min(own.batch_size, small)
+    moments = _moments(settings.observer, seen.resolution, settings.conv_inputs, facts)
+    return Cost(
+        flops=own.iterations * small * 2 * sum(m.flops for m in measures),
+        memory=sum(_weights(m, facts) for m in measures) + 2 * moments,
+        activations=batch * sum(m.activations for m in measures),
+        disk=_images(small, seen),
+    )
+
+
+def _measure(net: Net, size: int) -> flops.Measures:
+    return flops.measure(net.net, net.width, net.norm, size)
+
+
+def _weights(measures: flops.Measures, facts: Facts) -> float:
+    """Bytes of a network with its two heads."""
+    heads = 2 * facts.num_classes * (measures.features + 1)
+    return flops.FLOAT * (measures.parameters + heads)
+
+
+def _images(number: int, seen: Any) -> float:
+    """Bytes of images, uint8 [n, 3, R, R]."""
+    return float(number * 3 * seen.resolution**2)
+
+
+def _decoded(seen: Any, facts: Facts) -> float:
+    """Bytes of the real set where it is held in memory."""
+    size = _images(facts.num_images, seen)
+    return size if size <= seen.memory_gb * 2**30 else 0.0
+
+
+def _moments(net: Net, size: int, conv_inputs: bool, facts: Facts) -> float:
+    """Bytes of ``statistics.pt``: float64 [K, 1 + 2C] a layer."""
+    return 8.0 * facts.num_classes * _columns(net.net, net.width, net.norm, size, conv_inputs)
+
+
+@cache
+def _columns(net: str, width: int, norm: str, size: int, conv_inputs: bool) -> int:
+    with torch.device("meta"):
+        model = registry.backbone(net, width, norm, size)
+    channels = [layer.num_features for layer in registry.norm_layers(model).values()]
+    if conv_inputs:
+        channels += [layer.in_channels for layer in registry.conv_layers(model).values()]
+    return sum(1 + 2 * c for c in channels)

@@ -1,0 +1,121 @@
+"""The uni-level method (RLDD): statistical alignment between debiased experts and images.
+
+Observer → fair BatchNorm statistics → confident crops by the teacher → recovery of the images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltdd_scale.data.settings import Seen
+from ltdd_scale.errors import UserError
+from ltdd_scale.methods.contract import Method
+from ltdd_scale.methods.rldd.settings import Calibrate, Initialize, Net, Recover
+from ltdd_scale.stage import Division, Section, Stage, places
+
+HERE = "ltdd_scale.methods.rldd"
+# What every stage that shows images to networks depends on.
+SHOWN = {**places("seed", "runtime.precision"), "images": Section("data", Seen)}
+
+
+def experts(config: Any) -> tuple[str, ...]:
+    """The observer always; the teacher where it chooses crops or guards recovery."""
+    teacher = config.initialize.confident or config.recover.teacher_ce > 0
+    return ("observer", "teacher") if teacher else ("observer",)
+
+
+def stages(config: Any) -> tuple[Stage, ...]:
+    guard = {"teacher": "teacher"} if config.recover.teacher_ce > 0 else {}
+    judge = {"teacher": "teacher"} if config.initialize.confident else {}
+    # Costs depend on the networks; fingerprints know them anyway, by the experts that are inputs.
+    observer = {"observer": Section("observer", Net)}
+    teacher = {"teacher": Section("teacher", Net)}
+    calibrate = Stage(
+        name="calibrate",
+        kind="calibrate",
+        version=4,
+        run=f"{HERE}.calibrate:run",
+        reads={"calibrate": "calibrate", **observer, **SHOWN},
+        inputs={"shard": "shard", "observer": "observer"},
+        cost=f"{HERE}.cost:calibrate",
+        help="measure fair BatchNorm statistics",
+    )
+    initialize = Stage(
+        name="initialize",
+        kind="initialize",
+        version=2,
+        run=f"{HERE}.initialize:run",
+        reads={
+            "initialize": "initialize",
+            **places("ipc"),
+            **(teacher if judge else {}),
+            **SHOWN,
+        },
+        inputs={"shard": "shard", **judge},
+        cost=f"{HERE}.cost:initialize",
+        help="choose confident crops",
+    )
+    recover = Stage(
+        name="recover",
+        kind="recover",
+        version=4,
+        run=f"{HERE}.recover:run",
+        reads={
+            "recover": "recover",
+            **places("ipc", "calibrate.variance", "calibrate.conv_inputs"),
+            **observer,
+            **(teacher if guard else {}),
+            **SHOWN,
+        },
+        inputs={"shard": "shard", "calibrate": "calibrate", "initialize": "initialize", **guard},
+        division=Division.CHUNKS,
+        pieces=f"{HERE}.chunks:pieces",
+        cost=f"{HERE}.cost:recover",
+        help="align the images with the statistics",
+    )
+    return calibrate, initialize, recover
+
+
+def check(config: Any) -> list[str]:
+    recover, warnings = config.recover, []
+    if len(recover.betas) != 2 or not all(0 <= b < 1 for b in recover.betas):
+        raise UserError(f"recover.betas: expected two numbers in [0, 1), got {recover.betas!r}")
+    sides = recover.resolutions
+    if sides and (min(sides) < 4 or len(sides) > recover.iterations > 0):
+        raise UserError(
+            "recover.resolutions: expected at most as many sides as iterations, each at least 4, "
+            f"got {sides!r}"
+        )
+    if recover.residual and len(sides) < 2:
+        warnings.append("recover.residual has no effect without two or more recover.resolutions")
+    for section in ("initialize", "recover"):
+        if not getattr(config, section).crop_scale:
+            raise UserError(
+                f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images"
+            )
+    if recover.iterations and not (recover.ce or recover.teacher_ce or recover.alignment):
+        raise UserError(
+            "recover.ce, recover.teacher_ce, recover.alignment: all are 0, so recovery would do "
+            "nothing; set recover.iterations=0 if that is meant"
+        )
+    if recover.ce == recover.teacher_ce == 0 and recover.alignment not in (0.0, 1.0):
+        warnings.append(
+            "recover.alignment scales the whole loss when recover.ce and teacher_ce are 0: "
+            "Adam does not see it"
+        )
+    if not config.calibrate.fair and recover.classwise not in (0.0, Recover().classwise):
+        warnings.append("recover.classwise has no effect with calibrate.fair=false")
+    return warnings
+
+
+RLDD = Method(
+    name="rldd",
+    title="uni-level statistical alignment with debiased experts",
+    sections={"calibrate": Calibrate, "initialize": Initialize, "recover": Recover},
+    stages=stages,
+    distilled="recover",
+    initial="initialize",
+    experts=experts,
+    judged={"calibrated observer": ("calibrate", "observer.pt")},
+    check=check,
+)

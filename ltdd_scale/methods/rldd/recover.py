@@ -1,0 +1,329 @@
+"""Stage "recover": images whose statistics under the observer match the fair ones (RLDD §Recovery).
+
+Loss = ce · CE(observer(aug(x)), y) + t · CE(teacher(aug(x)), y) + r · alignment (`align.py`). The
+teacher's term is not in the paper: aligned images drift from what the teacher, who labels them,
+takes for their class, and one fixed soft label an image then teaches less.
+
+The unit of work is a class chunk (`chunks.py`). Its random numbers depend on the config alone: the
+same bytes on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltdd_scale.data import augment, distilled
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.methods.rldd.align import Alignment, alignment_targets
+from ltdd_scale.methods.rldd.chunks import Chunk, chunks
+from ltdd_scale.methods.rldd.settings import Recover
+from ltdd_scale.models import frozen, registry
+from ltdd_scale.runtime import signals, tensors
+from ltdd_scale.runtime.checkpoint import Checkpoints
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.progress import Progress
+from ltdd_scale.runtime.ranks import Ranks, rng
+from ltdd_scale.stage import Given
+
+State = dict[str, Any]  # of a chunk, between two iterations
+Tick = Callable[[int, Callable[[], State]], None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What all chunks share: the networks, the bounds of normalised pixels, the settings.
+
+    Without a `teacher` its term is left out. `low`, `high`: float32 [1, 3, 1, 1]. `size`: the side
+    of images in and out. Networks that take `any_size` see a stage's images at their own side,
+    others enlarged to `size`.
+    """
+
+    observer: nn.Module
+    teacher: nn.Module | None
+    low: Tensor
+    high: Tensor
+    settings: Recover
+    size: int
+    any_size: bool
+    ranks: Ranks
+
+    def loss(self, shown: Tensor, labels: Tensor, alignment: Alignment) -> Tensor:
+        """Of the views `shown`, float32 [n, 3, H, H], of classes int64 [n]."""
+        settings = self.settings
+        logits = frozen.forward(self.observer, shown, self.ranks)
+        judged = None if self.teacher is None else frozen.forward(self.teacher, shown, self.ranks)
+        loss = settings.alignment * alignment.loss()
+        if settings.ce:
+            loss = loss + settings.ce * F.cross_entropy(logits, labels)
+        if judged is not None:
+            loss = loss + settings.teacher_ce * F.cross_entropy(judged, labels)
+        return loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one chunk has of its own, on the device.
+
+    `images`: the initial ones, normalised, float32 [n, 3, R, R]; `labels` int64 [n]; `windows`
+    float32 [T, n, 4] and `mirrored` bool [T, n]: the draws of all T iterations.
+    """
+
+    images: Tensor
+    labels: Tensor
+    windows: Tensor
+    mirrored: Tensor
+
+
+def recover_chunk(
+    objective: Objective,
+    batch: Batch,
+    alignment: Alignment,
+    tick: Tick | None = None,
+    resume: State | None = None,
+) -> Tensor:
+    """Recover one chunk: normalised images float32 [n, 3, R, R]. No host synchronisation inside the
+    loop.
+
+    With `settings.resolutions` the images go through stages of other sides. `tick(iteration,
+    state)` is called after each iteration with a function that makes the state to save; `resume` is
+    such a state.
+    """
+    settings, size = objective.settings, objective.size
+    sides, images = stages(settings, size), batch.images
+    if resume is None:
+        begin, x = 0, resized(images, sides[0]).clone().requires_grad_()
+    else:
+        begin = resume["iteration"]
+        x = resume["images"].to(images.device).clone().requires_grad_()
+    optimizer = _adam(x, settings)
+    if resume is not None:
+        optimizer.load_state_dict(resume["optimizer"])
+        averages = resume["average"].items()
+        alignment.average = {k: tuple(t.to(x.device) for t in v) for k, v in averages}
+    for t in range(begin, settings.iterations):
+        if t and t in sides:
+            x = mixed(x.detach(), images, sides[t], settings.residual).requires_grad_()
+            optimizer = _adam(x, settings)
+        cosine = math.cos(math.pi * t / settings.iterations)
+        optimizer.param_groups[0]["lr"] = settings.lr * 0.5 * (1 + cosine)
+        side = x.shape[-1] if objective.any_size else size
+        shown = augment.crop_resize(x, batch.windows[t], batch.mirrored[t], side)
+        loss = objective.loss(shown, batch.labels, alignment)
+        (x.grad,) = torch.autograd.grad(loss, x)
+        optimizer.step()
+        x.data.clamp_(objective.low, objective.high)
+        if tick is not None:
+            tick(t + 1, partial(_state, t + 1, x, optimizer, alignment))
+    return resized(x.detach(), size)
+
+
+def _adam(x: Tensor, settings: Recover) -> torch.optim.Adam:
+    first, second = settings.betas
+    return torch.optim.Adam([x], lr=settings.lr, betas=(first, second))
+
+
+def _state(iteration: int, x: Tensor, optimizer: torch.optim.Adam, alignment: Alignment) -> State:
+    return {
+        "iteration": iteration,
+        "images": x.detach(),
+        "optimizer": optimizer.state_dict(),
+        "average": dict(alignment.average),
+    }
+
+
+def stages(settings: Recover, size: int) -> dict[int, int]:
+    """First iteration of each stage → side of the images in it; stages are equally long."""
+    sides = settings.resolutions or [size]
+    return {settings.iterations * k // len(sides): side for k, side in enumerate(sides)}
+
+
+def mixed(images: Tensor, initial: Tensor, side: int, residual: float) -> Tensor:
+    """FADRM: on to the next stage's `side`, a share `residual` of the initial image mixed in."""
+    return (1 - residual) * resized(images, side) + residual * resized(initial, side)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Whole images [n, 3, H, H] at another side."""
+    if images.shape[-1] == side:
+        return images
+    n, device = len(images), images.device
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(n, -1)
+    return augment.crop_resize(images, whole, torch.zeros(n, dtype=torch.bool, device=device), side)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What chunks are recovered with, loaded once. `layers` are the aligned layers of the observer,
+    `statistics` what calibration wrote, `mean` and `std` float32 [1, 3, 1, 1] of the real set."""
+
+    objective: Objective
+    layers: dict[str, nn.Module]
+    statistics: dict[str, Any]
+    variance: str
+    mean: Tensor
+    std: Tensor
+    spec: ViewSpec
+    seed: int
+
+    def batch(self, chunk: Chunk, pixels: np.ndarray) -> Batch:
+        """`pixels`: the chunk's initial images, uint8 [n, 3, R, R]."""
+        device, sizes = self.mean.device, np.full((len(pixels), 2), self.spec.resolution)
+        drawn = [
+            self.spec.draw(rng(self.seed, "recover", chunk.number, t), sizes)
+            for t in range(self.objective.settings.iterations)
+        ]
+        return Batch(
+            (torch.from_numpy(pixels).to(device).float() / 255 - self.mean) / self.std,
+            torch.from_numpy(chunk.labels).to(device),
+            torch.from_numpy(np.stack([d.windows for d in drawn])).to(device),
+            torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device),
+        )
+
+    def alignment(self, chunk: Chunk) -> Alignment:
+        settings, device = self.objective.settings, self.mean.device
+        targets = alignment_targets(
+            self.statistics,
+            list(self.layers),
+            chunk.labels,
+            settings.classwise,
+            self.variance,
+            device,
+        )
+        return Alignment(self.layers, targets, settings)
+
+
+def load(settings: Given, context: Context, split: ShardSplit) -> Material:
+    """The networks and the statistics that the stage's inputs hold."""
+    recover, seen, ranks = settings.recover, settings.images, context.ranks
+    calibrated = context.input("calibrate")
+    observer, teacher = frozen.load(calibrated / "observer.pt", ranks), None
+    if recover.teacher_ce:
+        teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
+    statistics = tensors.load(calibrated / "statistics.pt")
+    layers: dict[str, nn.Module] = dict(registry.norm_layers(observer.model))
+    if settings.conv_inputs and statistics["fair"]:
+        layers.update(registry.conv_layers(observer.model))
+    mean, std = (
+        torch.tensor(v, device=ranks.device).view(1, 3, 1, 1) for v in (split.mean, split.std)
+    )
+    objective = Objective(
+        observer.model,
+        teacher.model if teacher else None,
+        (0 - mean) / std,
+        (1 - mean) / std,
+        recover,
+        seen.resolution,
+        observer.any_size and (teacher is None or teacher.any_size),
+        ranks,
+    )
+    spec = ViewSpec(seen.resolution, tuple(recover.crop_scale), mirror=seen.mirror)
+    return Material(
+        objective, layers, statistics, settings.variance, mean, std, spec, settings.seed
+    )
+
+
+def run(settings: Given, context: Context) -> dict[str, Any]:
+    """Write a distilled set, by way of one file a chunk. A restart skips finished chunks.
+
+    Provenance is that of the initial images.
+    """
+    ranks, recover = context.ranks, settings.recover
+    split = ShardSplit(context.input("shard"), "train")
+    classes = range(len(split.classes))
+    initial = distilled.Distilled(context.input("initialize"), len(classes))
+    work = chunks(len(classes), settings.ipc, recover.batch_size, recover.chunk_classes)
+    if context.world_size > len(work):
+        context.say(
+            f"recover has {len(work)} chunks for {context.world_size} ranks; "
+            "the others have nothing to do"
+        )
+    # Provenance is written after the images: both are there, or the class is put together again.
+    finished = all(distilled.provenance_file(context.out, c).exists() for c in classes)
+    if not ranks.broadcast(finished):
+        _recover_chunks(load(settings, context, split), initial, context, work)
+        if context.part:
+            return {}  # classes are put together when the chunks of all parts are there
+        ranks.barrier()
+        for c in classes[ranks.rank :: ranks.world_size]:
+            pixels = _class_images(context.out, work, c)
+            distilled.write_class(context.out, c, pixels, initial.provenance(c))
+        ranks.barrier()
+    if ranks.is_main:
+        for chunk in work:
+            _chunk_file(context.out, chunk).unlink(missing_ok=True)
+    return {"chunks": len(work), "images": len(classes) * settings.ipc}
+
+
+def _recover_chunks(
+    material: Material, initial: distilled.Distilled, context: Context, work: list[Chunk]
+) -> None:
+    """This rank's chunks, each into its file."""
+    mine, steps = context.mine(work), material.objective.settings.iterations
+    progress = context.progress("recover", len(mine) * max(steps, 1), "iterations", stops=False)
+    for position, chunk in enumerate(mine):
+        signals.check()
+        path = _chunk_file(context.out, chunk)
+        if path.exists():
+            continue
+        of_classes = [initial.load(c)[chunk.first : chunk.last] for c in chunk.classes]
+        pixels = np.concatenate([np.asarray(images) for images in of_classes])
+        checkpoints = context.checkpoints(path.stem)
+        if steps:
+            resumed = checkpoints.load()
+            if resumed:
+                context.say(
+                    f"recover: chunk {chunk.number} goes on at iteration {resumed[0]} of {steps}"
+                )
+            tick = _saving(checkpoints, progress, position * steps, steps)
+            pixels = _recovered(material, chunk, pixels, tick, resumed[1] if resumed else None)
+        distilled.save(path, pixels)
+        checkpoints.clear()
+
+
+def _saving(checkpoints: Checkpoints, progress: Progress, before: int, steps: int) -> Tick:
+    """After each iteration: say how far the work is, and save where it is time or a signal asks
+    for it. `before`: iterations of the chunks before this one."""
+
+    def tick(t: int, state: Callable[[], State]) -> None:
+        progress.update(before + t)
+        if t < steps and (signals.requested() or checkpoints.due()):
+            checkpoints.save(t, state(), wait=signals.requested())
+            signals.check()
+
+    return tick
+
+
+def _recovered(
+    material: Material, chunk: Chunk, pixels: np.ndarray, tick: Tick, resume: State | None
+) -> np.ndarray:
+    """Initial images of a chunk → recovered ones, both uint8 [n, 3, R, R]."""
+    batch = material.batch(chunk, pixels)
+    with material.alignment(chunk) as alignment:
+        x = recover_chunk(material.objective, batch, alignment, tick, resume)
+    return distilled.to_uint8(x * material.std + material.mean)
+
+
+def _chunk_file(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"chunk-{chunk.number:05d}.npy"
+
+
+def _class_images(folder: Path, work: list[Chunk], label: int) -> np.ndarray:
+    """A class from its parts in the chunk files, uint8 [IPC, 3, R, R]."""
+    parts = []
+    for chunk in work:
+        if label in chunk.classes:
+            at, n = chunk.classes.index(label), chunk.last - chunk.first
+            part = distilled.load(_chunk_file(folder, chunk))
+            parts.append(part[at * n : (at + 1) * n])
+    return np.concatenate(parts)

@@ -1,0 +1,135 @@
+"""A trained network as a function from images to logits.
+
+The only file that loads trained weights, and the only place where the memory layout and the
+precision of a forward pass are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import Images
+from ltdd_scale.models import registry
+from ltdd_scale.runtime import signals, tensors
+from ltdd_scale.runtime.ranks import Ranks
+
+TRAINING_ONLY = ("projector", "predictor")  # parts of an expert that nothing reads after training
+
+
+def recipe(net: str, width: int, norm: str, resolution: int, num_classes: int) -> dict[str, Any]:
+    """What a network is made of. It is saved with the weights, so that any stage can build it."""
+    return {
+        "net": net,
+        "width": width,
+        "norm": norm,
+        "resolution": resolution,
+        "num_classes": num_classes,
+    }
+
+
+def save(path: Path, net_recipe: dict[str, Any], model: nn.Module) -> None:
+    """Write ``{"recipe", "model"}``. Equal weights give equal bytes, on any device."""
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors.save(path, {"recipe": net_recipe, "model": weights})
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` [n, C, H, W] in the layout that convolutions of its device like best."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
+
+
+def forward(model: nn.Module, x: Tensor, ranks: Ranks) -> Tensor:
+    """Logits float32 [n, C] of normalised images [n, 3, R, R]; gradients flow."""
+    x = channels_last(x)
+    with ranks.autocast():
+        return model(x).float()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A trained network, in eval mode and without gradients of its weights.
+
+    `recipe` is what it was saved with. `logits` and `plain_logits` take normalised images
+    float [n, 3, R, R] and give float32 [n, C], without gradients.
+    """
+
+    model: nn.Module
+    recipe: dict[str, Any]
+    ranks: Ranks
+
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes images of another side than the one it was trained on."""
+        return self.recipe["net"] not in registry.CONVNETS
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        return forward(self.model, x, self.ranks)
+
+    @torch.no_grad()
+    def plain_logits(self, x: Tensor) -> Tensor:
+        """Of the head `fc`. An expert that was trained without debiasing has not trained it."""
+        x = channels_last(x)
+        with self.ranks.autocast():
+            expert: Any = self.model  # one with two heads
+            return expert.fc(expert.backbone(x)).float()
+
+
+def load(path: Path, ranks: Ranks) -> Frozen:
+    """The network in `path`, on the device of `ranks`, without what only its training needed.
+
+    Raises `UserError` where the file is missing or damaged.
+    """
+    saved = tensors.load(path)
+    weights = {k: v for k, v in saved["model"].items() if not k.startswith(TRAINING_ONLY)}
+    model = _build(saved["recipe"], two_heads="fc_cb.weight" in weights)
+    model.load_state_dict(weights)
+    model = ranks.to_device(model).eval().requires_grad_(False)
+    return Frozen(model, saved["recipe"], ranks)
+
+
+def _build(made_of: dict[str, Any], two_heads: bool) -> nn.Module:
+    features = registry.backbone(
+        made_of["net"], made_of["width"], made_of["norm"], made_of["resolution"]
+    )
+    if two_heads:
+        return registry.TwoHeads(features, made_of["num_classes"], 0)
+    return registry.Student(features, made_of["num_classes"])
+
+
+@torch.no_grad()
+def predict(
+    network: Frozen | nn.Module | Callable[[Tensor], Tensor],
+    images: Images,
+    normalize: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+    batch: int = 500,
+) -> Tensor:
+    """Logits float32 [N, C] on the CPU, every image of `images` once.
+
+    `network` is a `Frozen`, a module in eval mode, or a function such as `Frozen.plain_logits`.
+    """
+    logits = _function(network, ranks)
+    n = len(images.labels)
+    plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
+    out = []
+    for x in images.stream(plans, ViewSpec(1)):
+        signals.check()
+        out.append(logits(normalize(x)).cpu())
+    return torch.cat(out)
+
+
+def _function(network: Any, ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    if isinstance(network, Frozen):
+        return network.logits
+    if isinstance(network, nn.Module):
+        return lambda x: forward(network, x, ranks)
+    return network

@@ -1,0 +1,102 @@
+"""Result tables in Markdown: mean ± standard deviation over seeds, in per cent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+SHOWN = {
+    "distilled": "distilled",
+    "initial": "initial images",
+    "random": "random real",
+    "full": "whole long-tailed set",
+}
+ORDER = {"distilled": 0, "initial": 1, "random": 2, "full": 3, "plain": 4}
+HEADINGS = {
+    "top1": "top-1",
+    "balanced": "balanced",
+    "top5": "top-5",
+    "class_std": "std over classes",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+}
+KINDS = ("online", "stored", "single", "hard")  # the columns of the matrix; others come after
+
+
+def numbers(summary: dict[str, Any]) -> list[str]:
+    """The numbers that a table shows, the one that counts first.
+
+    Where the judged images are not balanced, top-1 tells mostly of the head: the mean over
+    classes comes first there.
+    """
+    first = ["top1", "balanced"] if summary.get("balanced_test", True) else ["balanced", "top1"]
+    return [*first, *(n for n in HEADINGS if n not in first)]
+
+
+def cell(entry: dict[str, Any], number: str) -> str:
+    """``41.2 ± 0.4``, without the spread of a single seed; a dash where there is no such number."""
+    if entry.get(number) is None:
+        return "–"
+    spread = entry.get(f"{number}_std")
+    return f"{entry[number]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The set beside random real images, the whole long-tailed set and the experts."""
+    summary = results["summary"]
+    shown = numbers(summary)
+    rows = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
+    for title, e in [*_students(summary), *summary["experts"].items()]:
+        start = [title, e.get("labels", "–"), e["net"], str(e.get("ipc") or "–")]
+        rows.append([*start, *(cell(e, n) for n in shown), str(e.get("num_seeds", 1))])
+    text = markdown(rows)
+    if results["matrix"]:
+        first = HEADINGS[shown[0]]
+        text += f"\n\nThe label matrix ({first}):\n\n" + matrix_table(results)
+    return text
+
+
+def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, entry) of the students with the configured labels, net by net: the set, random real
+    images, the whole long-tailed set, the plain network on it."""
+    nets = {e["net"] for e in summary["students"]}
+    found = [
+        (SHOWN[e["set"]], ORDER[e["set"]], e)
+        for e in summary["students"]
+        if e["set"] == "full" or (e["set"] in ("distilled", "random") and _configured(e, summary))
+    ]
+    for e in summary.get("plain", []):
+        found.append((e["title"], ORDER["plain"], {"labels": "hard", **e}))
+    found.sort(key=lambda item: (item[2]["net"] not in nets, item[2]["net"], item[1]))
+    return [(title, e) for title, _, e in found]
+
+
+def _configured(entry: dict[str, Any], summary: dict[str, Any]) -> bool:
+    return entry["labels"] == summary["labels"]
+
+
+def matrix_table(results: dict[str, Any]) -> str:
+    """Images × labels, the number that counts; what nobody trained on is left out."""
+    summary = results["summary"]
+    number = numbers(summary)[0]
+    cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
+    sets = [s for s in ("random", "initial", "distilled") if any(s == k[0] for k in cells)]
+    there = list(dict.fromkeys(kind for which, kind, _ in cells if which in sets))
+    kinds = [k for k in KINDS if k in there] + [k for k in there if k not in KINDS]
+    rows = [["images", *kinds, "net"]]
+    for net in sorted({k[2] for k in cells if k[0] in sets}):
+        for which in sets:
+            values = [cell(cells.get((which, kind, net), {}), number) for kind in kinds]
+            rows.append([SHOWN[which], *values, net])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up in plain text too. The first row is the heading."""
+    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,61 @@
+"""Which stages a config asks for, from the shards to the verdict. The only file that knows all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltdd_scale.config.root import Config
+from ltdd_scale.data.stage import stage as shard
+from ltdd_scale.experts.stage import ROLES
+from ltdd_scale.experts.stage import stage as expert
+from ltdd_scale.judging.catalog import PROTOCOLS
+from ltdd_scale.judging.contract import Roles
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.stage import stage as relabel
+from ltdd_scale.methods.catalog import METHODS
+from ltdd_scale.stage import Stage
+
+SHARD, STUDENTS, VERDICT, REPORT = "shard", "students", "evaluate", "report"
+
+
+def stages(config: Any, source: str) -> tuple[Stage, ...]:
+    """All stages of `config`, inputs before what reads them. `source`: the digest of its images."""
+    method, protocol = METHODS[config.method], PROTOCOLS[config.protocol]
+    wanted = experts(config)
+    own = method.stages(config)
+    return (
+        shard(source),
+        *(expert(role, config) for role in wanted),
+        *own,
+        relabel(config, method.distilled),
+        *protocol.stages(config, roles(config)),
+    )
+
+
+def experts(config: Any) -> tuple[str, ...]:
+    """The networks that somebody reads: the method, a kind of label, a row of the verdict."""
+    method, protocol = METHODS[config.method], PROTOCOLS[config.protocol]
+    labels = KINDS[config.relabel.labels].teacher
+    teacher = ("teacher",) if labels or protocol.teacher(config) else ()
+    asked = {*method.experts(config), *teacher}
+    return tuple(role for role in ROLES if role in asked)
+
+
+def roles(config: Any) -> Roles:
+    """Which stages hold what the labels, the students and the report read."""
+    method = METHODS[config.method]
+    trained = {role: (role, "weights.pt") for role in reversed(experts(config))}
+    return Roles(
+        distilled=method.distilled,
+        initial=method.initial,
+        judged={**trained, **method.judged},
+    )
+
+
+def commands() -> dict[str, str]:
+    """Every job of every method, and what it does: name → help. These are commands too."""
+    out: dict[str, str] = {}
+    for name in METHODS:
+        for stage in stages(Config(method=name), ""):
+            out.setdefault(stage.job, stage.help)
+    return out

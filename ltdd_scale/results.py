@@ -1,0 +1,34 @@
+"""The records of a result: a student, and the numbers that everyone shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+# Of every judged network, in per cent. `balanced` is the mean over classes of their accuracy.
+NUMBERS = ("top1", "balanced", "top5", "class_std", "many", "medium", "few")
+SETS = ("random", "initial", "distilled", "full", "plain")
+WHOLE_SETS = ("full", "plain")  # all images of the long-tailed set, whatever the IPC
+
+
+@dataclass(frozen=True)
+class Student:
+    """One network trained from scratch: on which images, with which labels, which net and seed."""
+
+    set: str  # one of SETS
+    labels: str  # the name of a label kind
+    net: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its stage: ``student/distilled-online-convnet3-s0``."""
+        return f"student/{self.set}-{self.labels}-{self.net}-s{self.seed}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.set} {self.labels} {self.net} seed {self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

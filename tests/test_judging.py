@@ -1,0 +1,391 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ltdd_scale import fit
+from ltdd_scale.config.root import Config
+from ltdd_scale.data import distilled, sharding, sources
+from ltdd_scale.data.loader import normalizer
+from ltdd_scale.data.settings import Data
+from ltdd_scale.errors import UserError
+from ltdd_scale.judging import cost, single_stage, student, training, verdict
+from ltdd_scale.judging.contract import Roles
+from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
+from ltdd_scale.judging.settings import Evaluate, Training
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.contract import Maker
+from ltdd_scale.labels.views import view_spec
+from ltdd_scale.models import frozen, registry
+from ltdd_scale.results import NUMBERS, Student
+from ltdd_scale.runtime import files, signals
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.stage import Facts, settings_of
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU, None)
+ROLES = Roles("recover", "initialize", judged={"teacher": ("teacher", "weights.pt")})
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor(
+        [
+            [3.0, 2, 1, 0, -1, -2],
+            [3, 2, 1, 0, -1, -2],
+            [0, 3, 0, 0, 0, 0],
+            [5, 4, 3, 2, 1, 0],
+            [0, 0, 9, 0, 0, 0],
+            [0, 0, 0, 9, 0, 0],
+            [0, 0, 0, 0, 9, 0],
+            [9, 8, 7, 6, 5, 4],
+        ]
+    )
+    labels = np.asarray([0, 1, 1, 5, 2, 3, 4, 0])
+    found = metrics(logits, labels, ["many", "many", "medium", "medium", "few", "few"])
+    per_class = [100.0, 50.0, 100.0, 100.0, 100.0, 0.0]
+    assert found["per_class"] == per_class and found["top1"] == 75.0 and found["top5"] == 87.5
+    assert found["balanced"] == 75.0
+    assert found["class_std"] == pytest.approx(np.std(per_class), abs=1e-3)
+    assert (found["many"], found["medium"], found["few"]) == (75.0, 100.0, 50.0)
+    assert metrics(logits, labels, ["few"] * 6)["many"] is None
+    assert set(found) == {*NUMBERS, "per_class"}
+
+
+def test_classes_without_test_images_count_for_nothing():
+    """Three images of class 0, two of them right; one of class 2; none of class 1 and 3."""
+    logits = torch.eye(4)[[0, 0, 1, 2]]
+    found = metrics(logits, np.asarray([0, 0, 0, 2]), ["many", "many", "few", "medium"])
+    assert found["per_class"] == [66.67, None, 100.0, None] and found["top1"] == 75.0
+    assert found["balanced"] == pytest.approx((200 / 3 + 100) / 2, abs=1e-3)
+    assert found["medium"] is None and found["few"] == 100.0
+    json.dumps(found, allow_nan=False)
+    assert mean_of([found, found])["per_class"] == [66.67, None, 100.0, None]
+
+
+def test_logit_adjustment_takes_the_prior_out():
+    """A classifier whose logits are log p(x|y) + log π ends as one with a uniform prior."""
+    counts = np.asarray([90, 9, 1])
+    likelihood = torch.randn(50, 3)
+    biased = likelihood + torch.from_numpy(np.log(counts / 100)).float()
+    assert torch.allclose(logit_adjusted(biased, counts), likelihood, atol=1e-5)
+    assert logit_adjusted(biased, counts).dtype == torch.float32
+
+
+def test_student_loss_is_its_formula():
+    torch.manual_seed(0)
+    s, y, t = torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), torch.randn(4, 3)
+    onehot = F.one_hot(y, 3).float()
+    soft = 0.025 * F.cross_entropy(s, y) + ((s - t) ** 2).mean()
+    assert torch.allclose(training.student_loss(s, onehot, t, 0.025, 1.0), soft)
+    plain = training.student_loss(s, onehot, None, 0.025, 1.0)
+    assert torch.allclose(plain, F.cross_entropy(s, y))
+
+
+def test_schedules():
+    smooth = Training(schedule="cosine2", lr=1.0)
+    rates = [round(training.learning_rate(smooth, t), 6) for t in (0, 0.5, 1)]
+    assert rates == [1.0, 0.853553, 0.5]
+    steps, cosine = Training(schedule="steps", lr=1.0), Training(schedule="cosine", lr=1.0)
+    marks = (0, 0.79, 0.8, 0.9, 0.95)
+    assert [training.learning_rate(steps, d) for d in marks] == [1, 1, 0.5, 0.25, 0.125]
+    assert training.learning_rate(cosine, 0) == 1
+    assert training.learning_rate(cosine, 0.5) == pytest.approx(0.5)
+
+
+def test_units_of_the_matrix_are_all_cells_once():
+    config = Config(evaluate=Evaluate(matrix=True, seeds=2, full_epochs=3))
+    found = [(s.set, s.labels, s.seed) for s, _ in single_stage.students(config, ROLES)]
+    assert len(found) == len(set(found)) == (3 * 4 + 1) * 2
+    config = Config(evaluate=Evaluate(seeds=2, full_epochs=3))
+    cells = {(s.set, s.labels) for s, _ in single_stage.students(config, ROLES)}
+    assert cells == {("distilled", "online"), ("random", "online"), ("full", "online")}
+
+
+def test_summary_is_mean_and_sample_deviation():
+    values = {"top5": 90.0, "class_std": 1.0, "balanced": 30.0, "many": None}
+    rows = [
+        {**Student("distilled", "online", "n", s).to_dict(), "ipc": 1, **values}
+        | {"top1": v, "medium": v, "few": v, "per_class": [v, v]}
+        for s, v in enumerate((40.0, 42.0, 47.0))
+    ]
+    (entry,) = summarize(rows)
+    assert entry["top1"] == 43.0
+    assert entry["top1_std"] == pytest.approx(np.std([40, 42, 47], ddof=1), abs=0.01)
+    assert entry["many"] is None and entry["num_seeds"] == 3 and entry["balanced_std"] == 0
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """The folders of the stages below: shards of digits, a teacher, ten distilled images."""
+    folder = tmp_path_factory.mktemp("house")
+    data = Data(resolution=8, mirror=False, max_per_class=20, imbalance_factor=4, test_per_class=6)
+    (folder / "shard").mkdir()
+    sharding.write(folder / "shard", "digits", sources.open_source(data), data, workers=1)
+
+    def made():
+        return registry.TwoHeads(registry.backbone("convnet3", 4, "instance", 8), 10, 0)
+
+    (folder / "teacher").mkdir()
+    recipe = frozen.recipe("convnet3", 4, "instance", 8, 10)
+    frozen.save(folder / "teacher" / "weights.pt", recipe, registry.seeded(made, "t"))
+    (folder / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 8, 8), dtype=np.uint8)
+    for c in range(10):
+        distilled.write_class(folder / "images", c, pixels[c], None)
+    return folder
+
+
+def config_of(**evaluate):
+    return Config(
+        ipc=2,
+        data=Data(resolution=8, mirror=False),
+        evaluate=Evaluate(**{"width": 4, "epochs": 3, "seeds": 1, "batch_size": 8, **evaluate}),
+    )
+
+
+def run_student(config, which: str, house, out, name="", labels=None):
+    """The stage of the first student of the set `which`, run in `out`: (settings, facts, result)."""
+    nodes = {s.name: s for s in single_stage.stages(config, ROLES)}
+    stage = nodes[name or next(n for n in nodes if n.startswith(f"student/{which}"))]
+    folders = {"recover": house / "images", "initialize": house / "images", "relabel": labels}
+    inputs = {k: folders.get(v, house / v) for k, v in stage.inputs.items() if k != "labels"}
+    if labels:
+        inputs["labels"] = labels
+    settings = settings_of(stage, config)
+    out.mkdir(parents=True, exist_ok=True)
+    student.check(settings)
+    context = Context(ALONE, out, inputs, "w", quiet=True, workers=0)
+    facts = student.run(settings, context)
+    return settings, facts, files.read_json(out / "result.json")
+
+
+def test_a_student_of_each_set(house, tmp_path):
+    config = config_of(full_epochs=2, plain="own", plain_epochs=2, matrix=True)
+    for which in ("distilled", "initial", "random", "full", "plain"):
+        out = tmp_path / which
+        settings, facts, result = run_student(config, which, house, out)
+        row = result["row"]
+        assert row["set"] == which and len(result["loss"]) == settings.epochs
+        assert row["ipc"] == (None if which in ("full", "plain") else 2)
+        assert set(facts) == {"top1", "balanced", "class_std", "note"}
+        assert facts["note"].startswith(f"{row['top1']:.1f} % (balanced ")
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert [e["loss"] for e in log] == result["loss"]
+        assert ("adjusted" in row) == (which == "plain")
+    plain = files.read_json(tmp_path / "plain" / "result.json")["row"]
+    assert set(plain["adjusted"]) == {*NUMBERS, "per_class"}
+
+
+def test_a_student_interrupted_at_any_step_ends_in_the_same_numbers(house, tmp_path, monkeypatch):
+    config = config_of()
+    *_, undisturbed = run_student(config, "distilled", house, tmp_path / "a")
+    steps, asked = 0, iter([1, 2, 4, 5])
+    stop_at = next(asked)
+
+    def requested():
+        return steps == stop_at
+
+    real = training._Work.step
+
+    def step(work, *arguments):
+        nonlocal steps
+        real(work, *arguments)
+        steps += 1
+
+    def check():
+        if requested():
+            raise signals.Preempted("SIGTERM")
+
+    monkeypatch.setattr(training._Work, "step", step)
+    monkeypatch.setattr(signals, "requested", requested)
+    monkeypatch.setattr(signals, "check", check)
+    for _ in range(4):
+        with pytest.raises(signals.Preempted):
+            run_student(config, "distilled", house, tmp_path / "b")
+        stop_at = next(asked, -1)
+    *_, resumed = run_student(config, "distilled", house, tmp_path / "b")
+    assert resumed == undisturbed and steps == 3 * 3
+    logs = [(tmp_path / run / "log.jsonl").read_bytes() for run in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_a_student_uses_the_labels_that_relabel_made(house, tmp_path):
+    """With single labels of zeros, it learns to say nothing: the loss ends near the classes' own."""
+    zeros = tmp_path / "labels"
+    zeros.mkdir()
+    distilled.save(zeros / "single.npy", np.zeros((20, 10), np.float32))
+    facts = {"labels": "single", "seed": "labels 0", "epochs": 0, "tau": 0.0}
+    files.write_json(zeros / "labels.json", facts)
+    config = config_of(epochs=1).model_copy(
+        update={"relabel": Config().relabel.model_copy(update={"labels": "single"})}
+    )
+    *_, with_zeros = run_student(config, "distilled", house, tmp_path / "z", labels=zeros)
+    *_, made_here = run_student(config, "distilled", house, tmp_path / "m")
+    assert with_zeros["loss"] != made_here["loss"]
+
+
+def test_the_log_is_written_seldom(house, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(Context, "log", lambda self, history: written.append(len(history)))
+    run_student(config_of(epochs=40, batch_size=25), "distilled", house, tmp_path / "s")
+    assert written == [40]
+
+
+def test_a_student_that_cannot_take_the_images_is_refused_before_anything_starts(house, tmp_path):
+    config = config_of(nets=["convnet4"])
+    with pytest.raises(UserError, match=r"convnet4.*8"):
+        run_student(config, "distilled", house, tmp_path / "s")
+
+
+def test_a_diverged_student_is_an_error(house, tmp_path):
+    with pytest.raises(UserError, match=r"lower evaluate\.lr"):
+        run_student(config_of(lr=1e30, optimizer="sgd"), "distilled", house, tmp_path / "s")
+
+
+@pytest.mark.parametrize("plain", ["own", "expert", "none"])
+def test_verdict(plain, house, tmp_path):
+    config = config_of(plain=plain, plain_epochs=1, epochs=1, matrix=plain == "own", seeds=2)
+    found = single_stage.stages(config, ROLES)
+    folders = {name: house / name for name in ("shard", "teacher")}
+    for unit in found[:-1]:
+        folders[unit.name] = tmp_path / unit.name
+        run_student(config, "", house, tmp_path / unit.name, name=unit.name)
+    context = Context(ALONE, tmp_path, {k: folders[v] for k, v in found[-1].inputs.items()}, "w")
+    assert verdict.run(settings_of(found[-1], config), context) == {}
+    results = files.read_json(tmp_path / "results.json")
+    summary = results["summary"]
+    assert summary["balanced_test"] is True and summary["split"] == "test"
+    assert set(summary["experts"]) == {"teacher"}
+    assert {e["set"] for e in summary["students"]} <= {"distilled", "random", "initial"}
+    cells = {(r["set"], r["labels"]) for r in results["rows"]}
+    assert cells - {("plain", "hard")} == {("distilled", "online"), ("random", "online")}
+    assert all("balanced" in r for r in results["rows"])
+    assert len(results["matrix"]) == (3 * 4 * 2 if plain == "own" else 0)
+    assert all(set(c) == {"set", "labels", "net", "seed", "loss"} for c in results["loss_curves"])
+    assert {c["seed"] for c in results["loss_curves"]} == {0}
+    titles = {
+        "own": ["plain, whole set", "plain, logit-adjusted"],
+        "expert": ["teacher's plain head", "teacher's plain head, logit-adjusted"],
+    }
+    assert [e["title"] for e in summary.get("plain", [])] == titles.get(plain, [])
+    assert ("plain" in summary) == (plain != "none")
+    for entry in summary.get("plain", []):
+        assert entry["net"] == "convnet3" and set(NUMBERS) <= set(entry)
+        assert entry["top1_std"] is None and entry["num_seeds"] == 1
+
+
+def test_a_test_set_is_balanced_or_not():
+    assert verdict.is_balanced(np.asarray([0, 1, 2, 2, 1, 0]), 3)
+    assert not verdict.is_balanced(np.asarray([0, 1, 2, 2, 1]), 3)
+    assert not verdict.is_balanced(np.asarray([0, 1]), 3)
+
+
+def test_cost_of_students():
+    config, facts = config_of(plain="own", plain_epochs=5), Facts((100, 50, 10), 30)
+    config = config.model_copy(
+        update={"relabel": Config().relabel.model_copy(update={"labels": "hard"})}
+    )
+    units = {
+        s.name.split("-")[0]: settings_of(s, config)
+        for s in single_stage.stages(config, ROLES)[:-1]
+    }
+    small, whole = (
+        cost.student(units["student/distilled"], facts),
+        cost.student(units["student/plain"], facts),
+    )
+    assert whole.flops / small.flops == pytest.approx(5 * 160 / (3 * 6))
+    online = settings_of(single_stage.stages(config_of(), ROLES)[0], config_of())
+    assert cost.student(online, facts).flops / small.flops == pytest.approx(4 / 3)
+    assert small.memory > 0 and small.disk > 0
+
+
+@pytest.fixture
+def same_threads():
+    """`fit` takes all cores for itself; the tests after it do not."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def published(folder, house, kind: str, teacher: bool):
+    """A distilled folder as publish writes it, with what fit reads of it."""
+    from PIL import Image
+
+    config = config_of(epochs=2)
+    images = distilled.Distilled(house / "images", 10)
+    for c in range(10):
+        (folder / "images" / str(c)).mkdir(parents=True)
+        for k, pixels in enumerate(images.load(c)):
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / "images" / str(c) / f"{k}.png")
+    names = [str(c) for c in range(10)]
+    told = {"classes": names, "folders": names, "train_counts": [5] * 10, "resolution": 8}
+    told |= {"mean": [0.5] * 3, "std": [0.25] * 3, "config": config.model_dump(mode="json")}
+    files.write_json(folder / "set.json", told)
+    (folder / "labels").mkdir()
+    facts = {"labels": kind, "seed": "labels 0", "epochs": 0, "tau": 0.0}
+    files.write_json(folder / "labels" / "labels.json", facts)
+    if teacher:
+        (folder / "teacher.pt").write_bytes((house / "teacher" / "weights.pt").read_bytes())
+    return folder
+
+
+def test_fit_trains_on_a_set_with_hard_labels_and_no_teacher(house, tmp_path, capsys, same_threads):
+    folder = published(tmp_path / "set", house, "hard", teacher=False)
+    saved = tmp_path / "s.pt"
+    assert fit.run(folder, None, None, 0, folder / "images", saved) == 0
+    assert "balanced" in capsys.readouterr().out
+    trained = frozen.load(saved, ALONE)
+    assert trained.recipe == frozen.recipe("convnet3", 4, "instance", 8, 10)
+
+
+def test_fit_is_the_student_stage_on_the_published_set(house, tmp_path, same_threads):
+    """The same images, labels, seed and settings give the same weights."""
+    folder = published(tmp_path / "set", house, "online", teacher=True)
+    fit.run(folder, None, None, 0, None, tmp_path / "s.pt")
+    held = distilled.Distilled(house / "images", 10)
+    settings = Training(batch_size=8)
+    maker = Maker(
+        images=held.images(CPU, 1.0),
+        teacher=frozen.load(house / "teacher" / "weights.pt", ALONE),
+        normalize=normalizer([0.5] * 3, [0.25] * 3, CPU),
+        spec=view_spec(settings, 8, False),
+        views=settings,
+        relabel=Config().relabel,
+        num_classes=10,
+        train_counts=np.full(10, 5),
+        seed=0,
+        epochs=2,
+        ranks=ALONE,
+    )
+    setup = training.Setup(
+        images=maker.images,
+        labels=KINDS["online"].code().fresh(maker),
+        normalize=maker.normalize,
+        spec=maker.spec,
+        training=settings,
+        epochs=2,
+        key=student.key_of(0),
+        title="t",
+    )
+    net = student.build(frozen.recipe("convnet3", 4, "instance", 8, 10), setup.key)
+    average, _ = training.train(setup, net, Context(ALONE, tmp_path, {}, "w", quiet=True))
+    weights = frozen.load(tmp_path / "s.pt", ALONE).model.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in average.state_dict().items())
+
+
+def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
+    with pytest.raises(UserError, match="not a distilled set"):
+        fit.run(tmp_path, None, None, 0, None, None)
+    folder = published(tmp_path / "set", house, "online", teacher=False)
+    with pytest.raises(UserError, match=r"teacher\.pt"):
+        fit.run(folder, None, None, 0, None, None)
+    with pytest.raises(UserError, match="--epochs 0"):
+        fit.run(folder, None, 0, 0, None, None)
+    told = files.read_json(folder / "set.json")
+    del told["config"]["evaluate"]["width"]
+    files.write_json(folder / "set.json", told)
+    with pytest.raises(UserError, match="width"):
+        fit.run(folder, None, None, 0, None, None)

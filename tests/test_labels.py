@@ -1,0 +1,249 @@
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.images import MemoryImages
+from ltdd_scale.data.loader import normalizer
+from ltdd_scale.data.settings import Seen
+from ltdd_scale.errors import UserError
+from ltdd_scale.labels import adjust, cost, stored
+from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.contract import Maker
+from ltdd_scale.labels.settings import Relabel, Views
+from ltdd_scale.labels.views import draw_epoch, mix, onehot, render, view_spec
+from ltdd_scale.models import frozen, registry
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.stage import Facts, Given
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU, None)
+COUNTS = np.asarray([50, 30, 10, 5, 2])
+VIEWS = Views(crop_scale=[0.4, 1.0], randaugment=1)
+SPEC = view_spec(VIEWS, 8, True)
+
+
+def teacher() -> frozen.Frozen:
+    """A network that favours the classes that are frequent in `COUNTS`: ADSA finds work."""
+
+    def made():
+        return registry.TwoHeads(registry.backbone("convnet3", 4, "instance", 8), 5, 0)
+
+    model = registry.seeded(made, "t").eval().requires_grad_(False)
+    model.fc_cb.bias += torch.from_numpy(np.log(COUNTS / COUNTS.sum())).float()
+    return frozen.Frozen(model, frozen.recipe("convnet3", 4, "instance", 8, 5), ALONE)
+
+
+def images(n=11) -> MemoryImages:
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 8, 8), dtype=np.uint8)
+    return MemoryImages(pixels, np.arange(n) % 5, CPU)
+
+
+def maker(**changes) -> Maker:
+    made = Maker(
+        images=images(),
+        teacher=teacher(),
+        normalize=normalizer([0.5] * 3, [0.25] * 3, CPU),
+        spec=SPEC,
+        views=VIEWS,
+        relabel=Relabel(batch_size=4, epochs=2),
+        num_classes=5,
+        train_counts=COUNTS,
+        seed=3,
+        epochs=4,
+        ranks=ALONE,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def shown(made: Maker, labels, epoch: int, batches: list, key="another seed"):
+    """(drawn, images) of an epoch as a student would see them."""
+    drawn = draw_epoch(SPEC, made.images.sizes, *labels.view_key(key, epoch), True)
+    return drawn, list(render(made.images, drawn, batches, SPEC, made.normalize))
+
+
+@given(st.integers(1, 20), st.integers(2, 12), st.integers(0, 12))
+def test_packed_logits_come_back(n, num_classes, topk):
+    logits = torch.randn(n, num_classes)
+    packed = stored.pack(logits, topk)
+    rows = np.arange(n)[::2]
+    back = stored.unpack(packed, rows, num_classes, CPU)
+    if not topk or topk >= num_classes:
+        assert torch.equal(back, logits[::2].half().float())
+    else:
+        values, kept = logits[::2].topk(topk, 1)
+        assert torch.allclose(back.gather(1, kept), values, atol=5e-3)
+        assert torch.allclose(back.sum(1), logits[::2].sum(1), atol=0.05)
+
+
+def test_a_stored_label_is_the_teachers_word_on_the_very_view_the_student_sees():
+    """Made in batches of 4, used in another order and batches of 3: no coupling to a batch size."""
+    made = maker()
+    labels = stored.fresh(made)
+    for epoch in (0, 1, 3):
+        order = np.random.default_rng(epoch).permutation(11)
+        batches = [order[i : i + 3] for i in range(0, 11, 3)]
+        drawn, views = shown(made, labels, epoch, batches)
+        for indices, x in zip(batches, views, strict=True):
+            classes, logits = labels.targets(epoch, drawn, indices, x, ALONE)
+            assert torch.allclose(logits, made.teacher.logits(x), atol=5e-3)
+            assert torch.allclose(classes.sum(1), torch.ones(len(indices)))
+
+
+def test_a_view_belongs_to_seed_epoch_and_image():
+    made, held = maker(), images()
+    drawn = draw_epoch(SPEC, held.sizes, 0, 5, True)
+    whole = next(render(held, drawn, [np.arange(11)], SPEC, made.normalize))
+    batches = [np.asarray([7]), np.asarray([2, 9])]
+    parts = torch.cat(list(render(held, drawn, batches, SPEC, made.normalize)))
+    assert torch.allclose(whole[[7, 2, 9]], parts, atol=1e-5)
+    later = draw_epoch(SPEC, held.sizes, 0, 6, True)
+    other = next(render(held, later, [np.arange(11)], SPEC, made.normalize))
+    assert not torch.allclose(whole, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_labels(kind):
+    made = maker(teacher=teacher() if KINDS[kind].teacher else None)
+    labels, indices = KINDS[kind].code().fresh(made), np.arange(11)
+    drawn, (x,) = shown(made, labels, 0, [indices])
+    classes, logits = labels.targets(0, drawn, indices, x, ALONE)
+    own, lam = made.images.labels, drawn.lam
+    table = adjust.whole_logits(made) if kind == "single" else None
+    assert labels.kind == kind
+    for i in range(11):
+        mixed = torch.zeros(5)
+        mixed[own[i]] += lam[i]
+        mixed[own[drawn.partners[i]]] += 1 - lam[i]
+        assert torch.allclose(classes[i], mixed)
+        if kind == "single":
+            expected = lam[i] * table[i] + (1 - lam[i]) * table[drawn.partners[i]]
+            assert torch.allclose(logits[i], expected, atol=1e-5)
+    if kind == "online":
+        assert torch.allclose(logits, made.teacher.logits(x), atol=1e-5)
+    assert (logits is None) == (kind == "hard")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_labels_of_a_folder_are_those_made_without_one(kind, adjusted, tmp_path):
+    """What relabel writes and a student loads, and what a student of other images makes."""
+    code = KINDS[kind].code()
+    made = maker(relabel=Relabel(batch_size=4, epochs=2, topk=3, adjust=adjusted))
+    facts = {"seed": "labels 3", "epochs": 0, "tau": 0.0}
+    facts |= code.make(made, tmp_path, Context(ALONE, tmp_path, {}, "w"))
+    assert (facts["tau"] > 0) == (adjusted and kind != "hard")
+    # Who loads knows no settings, and has a teacher only where it labels every view.
+    reader = maker(relabel=None, teacher=teacher() if KINDS[kind].each_view else None, seed=99)
+    loaded, fresh, indices = code.load(tmp_path, facts, reader), code.fresh(made), np.arange(11)
+    for epoch in (0, 1, 2):
+        assert loaded.view_key("s", epoch) == fresh.view_key("s", epoch)
+        drawn, (x,) = shown(made, fresh, epoch, [indices])
+        ours = loaded.targets(epoch, drawn, indices, x, ALONE)
+        theirs = fresh.targets(epoch, drawn, indices, x, ALONE)
+        assert torch.equal(ours[0], theirs[0])
+        assert ours[1] is theirs[1] is None or torch.equal(ours[1], theirs[1])
+
+
+def test_stored_labels_that_are_not_all_there_are_refused(tmp_path):
+    context = Context(ALONE, tmp_path, {}, "w")
+    facts = {"seed": "labels 3", **stored.make(maker(), tmp_path, context)}
+    (tmp_path / "epoch-00001-values.npy").unlink()
+    with pytest.raises(UserError, match="epoch-00001-values"):
+        stored.load(tmp_path, facts, maker())
+    (tmp_path / "epoch-00000-values.npy").unlink()
+    topk = maker(relabel=Relabel(batch_size=4, epochs=2, topk=3))
+    facts |= stored.make(topk, tmp_path, context)
+    stored.load(tmp_path, facts, maker())
+    (tmp_path / "epoch-00001-classes.npy").unlink()
+    with pytest.raises(UserError, match="epoch-00001-classes"):
+        stored.load(tmp_path, facts, maker())
+
+
+def test_a_thousand_stored_epochs_are_not_open_at_once(tmp_path):
+    made = maker(relabel=Relabel(batch_size=11, epochs=1, topk=3))
+    packed = stored.store_epoch(made, 0, None)
+    for part, values in packed.items():
+        np.save(tmp_path / f"epoch-00000-{part}.npy", values)
+        for epoch in range(1, 1000):
+            os.link(
+                tmp_path / f"epoch-00000-{part}.npy", tmp_path / f"epoch-{epoch:05d}-{part}.npy"
+            )
+    labels = stored.load(tmp_path, {"seed": "labels 3", "epochs": 1000}, made)
+    indices, most, before = np.arange(11), 0, len(os.listdir("/proc/self/fd"))
+    for epoch in range(0, 1000, 50):
+        drawn = draw_epoch(SPEC, made.images.sizes, "k", epoch, True)
+        labels.targets(epoch, drawn, indices, torch.zeros(1), ALONE)
+        most = max(most, len(os.listdir("/proc/self/fd")) - before)
+    assert most <= 4
+
+
+def test_classes_are_mixed_as_their_whole_table_would_be():
+    classes = np.random.default_rng(0).integers(0, 5, 11)
+    drawn = draw_epoch(SPEC, images().sizes, "k", 0, True)
+    whole = torch.nn.functional.one_hot(torch.from_numpy(classes), 5).float()
+    for indices in (np.arange(11), np.asarray([7, 2, 2]), np.asarray([], int)):
+        rows = mix(onehot(classes, 5, CPU), drawn, indices)
+        assert torch.equal(rows, mix(whole, drawn, indices)) and rows.dtype == torch.float32
+
+
+def test_stored_labels_do_not_depend_on_the_number_of_ranks(tmp_path):
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        out.mkdir()
+        for rank in range(world):
+            peer = Ranks(rank, world, CPU, None)
+            stored.make(maker(ranks=peer), out, Context(peer, out, {}, "w", quiet=True))
+    names = [sorted(p.name for p in (tmp_path / w).glob("*.npy")) for w in "12"]
+    assert names[0] == names[1] == ["epoch-00000-values.npy", "epoch-00001-values.npy"]
+    assert all(
+        files.sha256(tmp_path / "1" / n) == files.sha256(tmp_path / "2" / n) for n in names[0]
+    )
+
+
+def test_adsa_finds_the_shift_that_was_put_in():
+    """Logits biased by 0.7 · log π: τ = 0.7 makes every class equally confident."""
+    prior = np.asarray([100.0, 30, 10, 3, 1])
+    classes = np.repeat(np.arange(5), 6)
+    log_prior = torch.from_numpy(np.log(prior / prior.sum())).float()
+    logits = torch.eye(5)[classes] * 2.0 + 0.7 * log_prior
+    assert adjust.adsa_tau(logits, classes, prior) == pytest.approx(0.7, abs=0.03)
+    unbiased = torch.eye(5)[classes] * 2.0
+    assert adjust.adsa_tau(unbiased, classes, prior) == 0.0
+
+
+def test_cost_is_the_teachers_passes():
+    def asked(labels, **changes):
+        values = {
+            "labels": labels,
+            "relabel": Relabel(**changes),
+            "ipc": 10,
+            "net": "convnet3",
+            "width": 8,
+            "norm": "instance",
+            "student_epochs": 50,
+            "images": Seen(resolution=8),
+        }
+        return cost.relabel(Given("relabel", values), Facts((100, 50, 10)))
+
+    once = asked("single").flops
+    assert once > 0 and asked("stored").flops == pytest.approx(50 * once)
+    assert asked("stored", epochs=7).flops == pytest.approx(7 * once)
+    assert asked("online").flops == asked("hard").flops == 0
+    assert asked("online", adjust=True).flops == once
+    assert asked("stored", epochs=2).disk == 2 * 30 * 3 * 2
+    assert asked("stored", epochs=2, topk=1).disk == 2 * 30 * (2 * 2 + 2)
+
+
+def test_whole_images_are_looked_at_once_and_in_order():
+    made = maker()
+    at_once = made.teacher.logits(made.normalize(made.images.pixels.float() / 255))
+    assert torch.allclose(adjust.whole_logits(made), at_once, atol=1e-5)
+    assert made.spec == ViewSpec(8, (0.4, 1.0), 0, True, 1, 9)
