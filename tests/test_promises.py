@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 # A method's own small settings; `labels: stored`, so that labels have bytes to compare.
 OWN = {
     "rldd": {},
+    "dm": {"dm": {"iterations": 6, "width": 8, "real_batch": 8}},
 }
 
 

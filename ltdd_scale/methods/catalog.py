@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ltdd_scale.methods.contract import Method
+from ltdd_scale.methods.dm.method import DM
 from ltdd_scale.methods.rldd.method import RLDD
 
-METHODS: dict[str, Method] = {m.name: m for m in (RLDD,)}
+METHODS: dict[str, Method] = {m.name: m for m in (RLDD, DM)}
