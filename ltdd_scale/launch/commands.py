@@ -133,10 +133,7 @@ def _warn(configs: Any) -> None:
 
 
 def _check(made: Campaign) -> None:
-    """Raise `UserError` where jobs ask for more than there is. Jobs that run here see to it
-    themselves."""
-    if not made.open().detached:
-        return
+    """Raise `UserError` where all jobs together ask for more than there is: before any begins."""
     for point in made.points:
         mine = [job for job in made.jobs if job.point == point.name]
         limits.check_jobs(point.nodes, mine, estimate.facts(point, made.store), made.store)
