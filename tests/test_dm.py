@@ -12,9 +12,10 @@ from ltdd_scale.data import distilled, sharding, shards, siamese, sources
 from ltdd_scale.data.settings import Data, Location
 from ltdd_scale.errors import UserError
 from ltdd_scale.methods.dm import chunks, match
-from ltdd_scale.methods.dm.match import Matching, RealClass
+from ltdd_scale.methods.dm.match import Matching
 from ltdd_scale.methods.dm.method import DM
 from ltdd_scale.methods.dm.settings import Dm
+from ltdd_scale.methods.matching.real import Pixels, RealClass
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
 from ltdd_scale.stage import Facts, settings_of
@@ -26,7 +27,7 @@ SIZE = 16
 def matching(**changes) -> Matching:
     settings = Dm(**{"iterations": 6, "lr": 10.0, "width": 8, **changes})
     mean, std = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
-    return Matching(settings, 0, SIZE, siamese.choices(settings.dsa), mean, std, ALONE)
+    return Matching(settings, 0, SIZE, siamese.choices(settings.dsa), Pixels(mean, std), ALONE)
 
 
 def real(label: int, n: int, ipc: int) -> RealClass:
@@ -48,17 +49,17 @@ def loss_of(made: Matching, one: RealClass, images: torch.Tensor) -> float:
 def test_matching_lowers_the_loss_and_keeps_pixels_valid():
     made, one = matching(iterations=100, width=16), real(0, 40, 4)
     one.pixels[4:, :, ::2] //= 8  # the images that it starts from are unlike the rest
-    start = made.normalized(one.pixels[:4])
+    start = made.pixels.normalized(one.pixels[:4])
     (images,) = match.match_chunk(made, [one])
     assert loss_of(made, one, images) < 0.7 * loss_of(made, one, start)
-    shown = images * made.std + made.mean
+    shown = images * made.pixels.std + made.pixels.mean
     assert shown.min() >= -1e-6 and shown.max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_a_class_that_the_set_has_whole_does_not_move(n):
     made, one = matching(), real(1, n, 4)
-    start = made.normalized(one.pixels[torch.from_numpy(one.start)])
+    start = made.pixels.normalized(one.pixels[torch.from_numpy(one.start)])
     for t in range(6):
         images = start.clone().requires_grad_()
         loss = match.class_loss(made, one, images, t, made.network(t), made.draw(t))
@@ -73,7 +74,7 @@ def test_what_shares_a_chunk_changes_no_bit():
     together = match.match_chunk(made, classes)
     for one, images in zip(classes, together, strict=True):
         assert torch.equal(match.match_chunk(made, [one])[0], images)
-    assert not torch.equal(together[0], made.normalized(classes[0].pixels[:4]))
+    assert not torch.equal(together[0], made.pixels.normalized(classes[0].pixels[:4]))
 
 
 def test_network_and_draw_depend_on_the_iteration_alone_and_batches_on_the_class_too():
@@ -81,10 +82,14 @@ def test_network_and_draw_depend_on_the_iteration_alone_and_batches_on_the_class
     weights = [next(made.network(t).parameters()) for t in (3, 3, 4)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert made.draw(3) == matching().draw(3)
-    batches = [one.batch(0, 5, 10), one.batch(0, 5, 10), one.batch(0, 6, 10)]
+    batches = [
+        one.batch(10, 0, "dm real", 5),
+        one.batch(10, 0, "dm real", 5),
+        one.batch(10, 0, "dm real", 6),
+    ]
     assert np.array_equal(batches[0], batches[1]) and not np.array_equal(batches[0], batches[2])
     assert len(set(batches[0])) == 10
-    assert not np.array_equal(batches[0], real(1, 40, 4).batch(0, 5, 10))
+    assert not np.array_equal(batches[0], real(1, 40, 4).batch(10, 0, "dm real", 5))
 
 
 def test_a_chunk_resumes_to_the_bit():

@@ -14,17 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltdd_scale.data import chosen, distilled, siamese
-from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.images import Images
-from ltdd_scale.data.loader import stream_images
-from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data import distilled, siamese
 from ltdd_scale.methods.dm.chunks import divide
 from ltdd_scale.methods.dm.settings import Dm
+from ltdd_scale.methods.matching.real import Pixels, RealClass, RealSet, open_real
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.context import Context
@@ -34,40 +30,17 @@ from ltdd_scale.stage import Given
 
 State = dict[str, Any]  # of a chunk, between two iterations
 Tick = Callable[[int, Callable[[], State]], None]
-DECODED = 256  # images decoded at once
-
-
-@dataclass(frozen=True)
-class RealClass:
-    """One class of the real set: `pixels` uint8 [n_c, 3, R, R] on the device; `start` int64 [IPC],
-    which of them the synthetic images start from, each once before any a second time."""
-
-    label: int
-    pixels: Tensor
-    start: np.ndarray
-
-    def batch(self, seed: int, iteration: int, most: int) -> np.ndarray:
-        """Which real images an iteration looks at: at most `most`, drawn without replacement.
-
-        A class with no more images than the set has of it looks at its start, which is all of it.
-        Its loss is 0 then, and its images stay what they are.
-        """
-        if len(self.pixels) <= len(self.start):
-            return self.start
-        generator = rng(seed, "dm real", self.label, iteration)
-        return generator.permutation(len(self.pixels))[:most]
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What all chunks share. `mean`, `std`: float32 [1, 3, 1, 1] of the real set."""
+    """What all chunks share."""
 
     settings: Dm
     seed: int
     size: int
     strategy: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
+    pixels: Pixels
     ranks: Ranks
 
     def network(self, iteration: int) -> nn.Module:
@@ -82,14 +55,6 @@ class Matching:
 
     def draw(self, iteration: int) -> siamese.Draw:
         return siamese.draw(rng(self.seed, "dsa", iteration), self.strategy, self.size)
-
-    def normalized(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, R, R] → float32 of the same shape."""
-        return (pixels.float() / 255 - self.mean) / self.std
-
-    def clamp(self, images: Tensor) -> None:
-        """Back to valid pixels, in place: what is learned is what an 8-bit image can show."""
-        images.data.clamp_((0 - self.mean) / self.std, (1 - self.mean) / self.std)
 
 
 def mean_features(net: nn.Module, images: Tensor, draw: siamese.Draw, ranks: Ranks) -> Tensor:
@@ -114,10 +79,10 @@ def match_chunk(
     save; `resume` is such a state.
     """
     settings, begin = matching.settings, 0
-    images = [matching.normalized(c.pixels[torch.from_numpy(c.start)]) for c in classes]
+    images = [matching.pixels.normalized(c.pixels[torch.from_numpy(c.start)]) for c in classes]
     if resume is not None:
         begin = resume["iteration"]
-        images = [x.to(matching.mean.device).clone() for x in resume["images"]]
+        images = [x.to(matching.pixels.device).clone() for x in resume["images"]]
     images = [x.requires_grad_() for x in images]
     optimizer = torch.optim.SGD(images, lr=settings.lr, momentum=settings.momentum, foreach=False)
     if resume is not None:
@@ -136,7 +101,7 @@ def match_chunk(
             (x.grad,) = torch.autograd.grad(class_loss(matching, real, x, t, net, draw), x)
         optimizer.step()
         for x in images:
-            matching.clamp(x)
+            matching.pixels.clamp(x)
         if tick is not None:
             tick(t + 1, lambda t=t: state(t + 1))
     return [x.detach() for x in images]
@@ -151,59 +116,22 @@ def class_loss(
     draw: siamese.Draw,
 ) -> Tensor:
     """The term of one class in one iteration, a scalar that knows the gradient of `images`."""
-    which = torch.from_numpy(real.batch(matching.seed, iteration, matching.settings.real_batch))
+    which = torch.from_numpy(
+        real.batch(matching.settings.real_batch, matching.seed, "dm real", iteration)
+    )
     with torch.no_grad():
-        shown = matching.normalized(real.pixels[which])
+        shown = matching.pixels.normalized(real.pixels[which])
         goal = mean_features(net, shown, draw, matching.ranks)
     return distance(goal, mean_features(net, images, draw, matching.ranks))
 
 
-@dataclass(frozen=True)
-class RealSet:
-    """The real images of all classes; `start` int64 [C, IPC]: which the synthetic ones start from.
-
-    `names`: where each real image came from.
-    """
-
-    images: Images
-    labels: np.ndarray
-    names: list[str]
-    start: np.ndarray
-    size: int
-    device: torch.device
-
-    def load(self, label: int) -> RealClass:
-        """All images of a class, as whole squares: decoded once, looked at in every iteration."""
-        members = np.flatnonzero(self.labels == label)
-        plans = [(part, None) for part in np.split(members, range(DECODED, len(members), DECODED))]
-        parts = [distilled.to_uint8(x) for x in self.images.stream(plans, ViewSpec(self.size))]
-        pixels = torch.from_numpy(np.concatenate(parts)).to(self.device)
-        return RealClass(label, pixels, np.searchsorted(members, self.start[label]))
-
-    def provenance(self, label: int) -> list[dict[str, Any]]:
-        return [{"image": int(i), "source": self.names[i]} for i in self.start[label]]
-
-
 def open_set(settings: Given, context: Context) -> tuple[Matching, RealSet]:
-    """What the stage works with. Where the images start does not depend on what they become: they
-    are the random real images that a student of the same seed is trained on for comparison."""
-    seen, device = settings.images, context.ranks.device
-    split = ShardSplit(context.input("shard"), "train")
-    num_classes = len(split.classes)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (split.mean, split.std))
-    matching = Matching(
-        settings.dm,
-        settings.seed,
-        seen.resolution,
-        siamese.choices(settings.dm.dsa, seen.mirror),
-        mean,
-        std,
-        context.ranks,
-    )
-    start = chosen.random_real(split.labels, num_classes, settings.ipc, settings.seed)
-    images = stream_images(split, seen, device, context.workers)
-    start = start.reshape(num_classes, settings.ipc)
-    return matching, RealSet(images, split.labels, split.names, start, seen.resolution, device)
+    """What the stage works with."""
+    seen = settings.images
+    pixels, real = open_real(settings.ipc, settings.seed, seen, context)
+    strategy = siamese.choices(settings.dm.dsa, seen.mirror)
+    made_of = (settings.dm, settings.seed, seen.resolution, strategy, pixels, context.ranks)
+    return Matching(*made_of), real
 
 
 def run(settings: Given, context: Context) -> dict[str, Any]:
@@ -252,6 +180,6 @@ def _match_classes(
     loaded = [real.load(c) for c in classes]
     matched = match_chunk(matching, loaded, tick, resumed[1] if resumed else None)
     for label, x in zip(classes, matched, strict=True):
-        pixels = distilled.to_uint8(x * matching.std + matching.mean)
+        pixels = matching.pixels.to_uint8(x)
         distilled.write_class(context.out, label, pixels, real.provenance(label))
     checkpoints.clear()

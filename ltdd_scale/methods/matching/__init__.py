@@ -1,0 +1,1 @@
+"""What matching methods share. It knows no method."""
