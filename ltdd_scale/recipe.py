@@ -48,6 +48,7 @@ def roles(config: Any) -> Roles:
     return Roles(
         distilled=method.distilled,
         initial=method.initial,
+        learned=method.learned(config),
         judged={**trained, **method.judged},
     )
 

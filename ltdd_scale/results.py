@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,13 @@ from typing import Any
 NUMBERS = ("top1", "balanced", "top5", "class_std", "many", "medium", "few")
 SETS = ("random", "initial", "distilled", "full", "plain")
 WHOLE_SETS = ("full", "plain")  # all images of the long-tailed set, whatever the IPC
+
+
+def labels_of(which: str, summary: Mapping[str, Any]) -> str:
+    """The labels with which the set `which` stands in a result, `summary` being the verdict's: the
+    configured ones. Real images, which have no learned labels, have those of the baseline."""
+    configured = summary["labels"]
+    return configured if which == "distilled" else summary.get("baseline", configured)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.config.reference import reference
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
+from ltdd_scale.methods.catalog import METHODS
 
 
 def write(tmp_path: Path, text: str, name: str = "a.yaml") -> Path:
@@ -48,6 +51,13 @@ def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
         ("method: magic", ["method", "rldd"]),
         ("relabel: {labels: magic}", ["relabel.labels", "online, stored, single, hard"]),
         ("evaluate: {nets: []}", ["evaluate.nets"]),
+        (
+            "evaluate: {matrix_labels: [hard, magic]}",
+            ["evaluate.matrix_labels", "'magic'", "single"],
+        ),
+        ("evaluate: {matrix_labels: []}", ["evaluate.matrix_labels", "evaluate.matrix=false"]),
+        ("relabel: {labels: learned}", ["relabel.labels=learned", "method=rldd", "stored"]),
+        ("{relabel: {labels: learned}, method: dm}", ["method=dm learns no labels"]),
         ("strategies: {debias: false}", ["strategies.debias is called train.debias now"]),
     ],
 )
@@ -71,6 +81,26 @@ def test_settings_without_effect_are_said(tmp_path):
     c = load.load(write(tmp_path, "teacher: {net: resnet32, width: 64}\nrelabel: {topk: 5}\n"))
     said = " ".join(check(c))
     assert "teacher.width" in said and "relabel.topk" in said
+    few = "evaluate: {matrix: true, matrix_labels: [hard]}\nrelabel: {topk: 5}\n"
+    assert ["relabel.topk" in text for text in check(load.load(write(tmp_path, few)))] == [True]
+    unused = load.load(write(tmp_path, "evaluate: {matrix_labels: [hard]}\n"))
+    assert ["matrix_labels has no effect" in text for text in check(unused)] == [True]
+    used = load.load(write(tmp_path, "evaluate: {matrix: true}\nrelabel: {topk: 5}\n"))
+    assert check(used) == []
+
+
+def test_learned_labels_are_for_methods_that_learn_them(tmp_path, monkeypatch):
+    """A method's settings decide: here it learns labels with an IPC above 1."""
+    method = dataclasses.replace(METHODS["dm"], learned=lambda config: config.ipc > 1)
+    monkeypatch.setitem(METHODS, "dm", method)
+    text = "{method: dm, relabel: {labels: learned}, evaluate: {plain: none}}"
+    config = load.load(write(tmp_path, text))
+    assert check(config) == [] and recipe.roles(config).learned
+    stages = {s.name: s for s in recipe.stages(config, "")}
+    assert recipe.experts(config) == () and stages["relabel"].inputs["distilled"] == "match"
+    assert "student/distilled-learned-convnet3-s0" in stages
+    with pytest.raises(UserError, match="learns no labels"):
+        load.load(write(tmp_path, text), ["ipc=1"])
 
 
 def test_every_config_loads_and_survives_a_round_trip():

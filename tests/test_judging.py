@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from ltdd_scale.judging import cost, single_stage, student, training, verdict
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
 from ltdd_scale.judging.settings import Evaluate, Training
+from ltdd_scale.labels import relabel
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
-from ltdd_scale.labels.views import view_spec
+from ltdd_scale.labels.stage import stage as relabel_stage
+from ltdd_scale.labels.views import draw_epoch, view_spec
 from ltdd_scale.models import frozen, registry
-from ltdd_scale.results import NUMBERS, Student
+from ltdd_scale.publish import tables
+from ltdd_scale.results import NUMBERS, Student, labels_of
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
@@ -28,6 +33,7 @@ from ltdd_scale.stage import Facts, settings_of
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None)
 ROLES = Roles("recover", "initialize", judged={"teacher": ("teacher", "weights.pt")})
+LEARNED = dataclasses.replace(ROLES, learned=True)
 
 
 def test_metrics_by_hand():
@@ -104,6 +110,46 @@ def test_units_of_the_matrix_are_all_cells_once():
     assert cells == {("distilled", "online"), ("random", "online"), ("full", "online")}
 
 
+def with_labels(kind, **evaluate):
+    """A config with labels of `kind`."""
+    relabel = Config().relabel.model_copy(update={"labels": kind})
+    return config_of(**evaluate).model_copy(update={"relabel": relabel})
+
+
+def cells_of(config, roles):
+    return [(s.set, s.labels) for s, _ in single_stage.students(config, roles)]
+
+
+def test_real_images_stand_beside_a_set_with_learned_labels_with_classes():
+    config = with_labels("learned", full_epochs=2, plain="none")
+    wanted = [("distilled", "learned"), ("random", "hard"), ("full", "hard")]
+    assert cells_of(config, LEARNED) == wanted
+    assert not single_stage.needs_teacher(config)
+    stages = {s.name: s for s in single_stage.stages(config, LEARNED)}
+    own = stages["student/distilled-learned-convnet3-s0"]
+    assert own.inputs == {"shard": "shard", "images": "recover", "labels": "relabel"}
+    assert stages["student/random-hard-convnet3-s0"].inputs == {"shard": "shard"}
+
+
+def test_learned_labels_join_the_matrix_of_the_set_that_brings_them():
+    config = with_labels("hard", matrix=True, matrix_labels=["single", "hard", "single"])
+    wanted = [("distilled", "hard"), ("random", "hard")]
+    wanted += [("random", "single"), ("initial", "single"), ("initial", "hard")]
+    wanted += [("distilled", "single")]
+    assert cells_of(config, ROLES) == wanted
+    assert cells_of(config, LEARNED) == [*wanted, ("distilled", "learned")]
+    named = with_labels("hard", matrix=True, matrix_labels=["single", "hard", "learned"])
+    assert cells_of(named, ROLES) == wanted
+    assert cells_of(named, LEARNED) == [*wanted, ("distilled", "learned")]
+    stages = {s.name: s for s in single_stage.stages(config, LEARNED)}
+    assert stages["student/distilled-learned-convnet3-s0"].inputs == {
+        "shard": "shard",
+        "images": "recover",
+    }
+    assert single_stage.needs_teacher(config)
+    assert not single_stage.needs_teacher(with_labels("hard", matrix=True, matrix_labels=["hard"]))
+
+
 def test_summary_is_mean_and_sample_deviation():
     values = {"top5": 90.0, "class_std": 1.0, "balanced": 30.0, "many": None}
     rows = [
@@ -138,6 +184,28 @@ def house(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def learned_house(house, tmp_path_factory):
+    """The same folders, and the images bring learned labels: mostly wrong ones."""
+    folder = tmp_path_factory.mktemp("learned")
+    for name in ("shard", "teacher"):
+        (folder / name).symlink_to(house / name)
+    shutil.copytree(house / "images", folder / "images")
+    logits = np.random.default_rng(1).normal(0, 3, (20, 10))
+    distilled.write_learned(folder / "images", logits)
+    return folder
+
+
+def run_relabel(config, house, out):
+    """The stage relabel, run in `out`: its record."""
+    stage = relabel_stage(config, "recover")
+    assert set(stage.inputs) == {"shard", "distilled"}, "no teacher"
+    out.mkdir(parents=True)
+    inputs = {"shard": house / "shard", "distilled": house / "images"}
+    relabel.run(settings_of(stage, config), Context(ALONE, out, inputs, "w", quiet=True))
+    return files.read_json(out / "labels.json")
+
+
 def config_of(**evaluate):
     return Config(
         ipc=2,
@@ -148,7 +216,7 @@ def config_of(**evaluate):
 
 def run_student(config, which: str, house, out, name="", labels=None):
     """The stage of the first student of the set `which`, run in `out`: (settings, facts, result)."""
-    nodes = {s.name: s for s in single_stage.stages(config, ROLES)}
+    nodes = {s.name: s for s in single_stage.stages(config, LEARNED)}
     stage = nodes[name or next(n for n in nodes if n.startswith(f"student/{which}"))]
     folders = {"recover": house / "images", "initialize": house / "images", "relabel": labels}
     inputs = {k: folders.get(v, house / v) for k, v in stage.inputs.items() if k != "labels"}
@@ -227,6 +295,25 @@ def test_a_student_uses_the_labels_that_relabel_made(house, tmp_path):
     assert with_zeros["loss"] != made_here["loss"]
 
 
+def test_learned_labels_are_the_same_from_relabel_and_from_the_set(house, learned_house, tmp_path):
+    """A student that reads what relabel copied, and one of the matrix that reads the set itself."""
+    config = with_labels("learned", plain="none")
+    facts = run_relabel(config, learned_house, tmp_path / "labels")
+    assert facts == {"labels": "learned", "seed": "labels 0", "epochs": 0, "tau": 0.0}
+    name = "student/distilled-learned-convnet3-s0"
+    run = (learned_house, tmp_path / "a", name, tmp_path / "labels")
+    *_, copied = run_student(config, "", *run)
+    matrix = with_labels("hard", plain="none", matrix=True, matrix_labels=["hard"])
+    *_, read = run_student(matrix, "", learned_house, tmp_path / "b", name)
+    hard = "student/distilled-hard-convnet3-s0"
+    *_, classes = run_student(matrix, "", learned_house, tmp_path / "c", hard)
+    assert copied == read and copied["loss"] != classes["loss"]
+    with pytest.raises(UserError, match="brings no learned labels"):
+        run_relabel(config, house, tmp_path / "none")
+    with pytest.raises(UserError, match="brings no learned labels"):
+        run_student(matrix, "", house, tmp_path / "d", name)
+
+
 def test_the_log_is_written_seldom(house, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(Context, "log", lambda self, history: written.append(len(history)))
@@ -262,6 +349,7 @@ def test_verdict(plain, house, tmp_path):
     assert {e["set"] for e in summary["students"]} <= {"distilled", "random", "initial"}
     cells = {(r["set"], r["labels"]) for r in results["rows"]}
     assert cells - {("plain", "hard")} == {("distilled", "online"), ("random", "online")}
+    assert (summary["labels"], summary["baseline"]) == ("online", "online")
     assert all("balanced" in r for r in results["rows"])
     assert len(results["matrix"]) == (3 * 4 * 2 if plain == "own" else 0)
     assert all(set(c) == {"set", "labels", "net", "seed", "loss"} for c in results["loss_curves"])
@@ -275,6 +363,31 @@ def test_verdict(plain, house, tmp_path):
     for entry in summary.get("plain", []):
         assert entry["net"] == "convnet3" and set(NUMBERS) <= set(entry)
         assert entry["top1_std"] is None and entry["num_seeds"] == 1
+
+
+def test_verdict_of_a_set_with_learned_labels(learned_house, tmp_path):
+    """The result is the set with its labels and random images with classes, and not the matrix."""
+    config = with_labels("learned", epochs=1, plain="none", matrix=True, matrix_labels=["single"])
+    run_relabel(config, learned_house, tmp_path / "labels")
+    found = single_stage.stages(config, LEARNED)
+    folders = {name: learned_house / name for name in ("shard", "teacher")}
+    for unit in found[:-1]:
+        folders[unit.name] = tmp_path / unit.name
+        made = tmp_path / "labels" if "labels" in unit.inputs else None
+        run_student(config, "", learned_house, tmp_path / unit.name, unit.name, made)
+    context = Context(ALONE, tmp_path, {k: folders[v] for k, v in found[-1].inputs.items()}, "w")
+    verdict.run(settings_of(found[-1], config), context)
+    results = files.read_json(tmp_path / "results.json")
+    summary = results["summary"]
+    assert (summary["labels"], summary["baseline"]) == ("learned", "hard")
+    shown = [("distilled", "learned"), ("random", "hard")]
+    assert [(r["set"], r["labels"]) for r in results["rows"]] == shown
+    singles = [(s, "single") for s in ("random", "initial", "distilled")]
+    assert [(r["set"], r["labels"]) for r in results["matrix"]] == shown + singles
+    assert [(s, labels_of(s, summary)) for s in ("distilled", "random")] == shown
+    assert labels_of("initial", summary) == "hard"
+    row = next(line for line in tables.table(results).splitlines() if "random real" in line)
+    assert [c.strip() for c in row.split("|")[2:4]] == ["hard", "convnet3"]
 
 
 def test_a_test_set_is_balanced_or_not():
@@ -341,9 +454,15 @@ def test_fit_trains_on_a_set_with_hard_labels_and_no_teacher(house, tmp_path, ca
     assert trained.recipe == frozen.recipe("convnet3", 4, "instance", 8, 10)
 
 
-def test_fit_is_the_student_stage_on_the_published_set(house, tmp_path, same_threads):
-    """The same images, labels, seed and settings give the same weights."""
-    folder = published(tmp_path / "set", house, "online", teacher=True)
+@pytest.mark.parametrize("kind", ["online", "learned"])
+def test_fit_is_the_student_stage_on_the_published_set(kind, learned_house, tmp_path, same_threads):
+    """The same images, labels, seed and settings give the same weights; learned labels come with
+    the set, which brings no teacher then."""
+    house = learned_house
+    folder = published(tmp_path / "set", house, kind, teacher=kind == "online")
+    if kind == "learned":
+        shutil.rmtree(folder / "labels")
+        run_relabel(with_labels("learned"), house, folder / "labels")
     fit.run(folder, None, None, 0, None, tmp_path / "s.pt")
     held = distilled.Distilled(house / "images", 10)
     settings = Training(batch_size=8)
@@ -359,10 +478,11 @@ def test_fit_is_the_student_stage_on_the_published_set(house, tmp_path, same_thr
         seed=0,
         epochs=2,
         ranks=ALONE,
+        learned=held.learned(),
     )
     setup = training.Setup(
         images=maker.images,
-        labels=KINDS["online"].code().fresh(maker),
+        labels=KINDS[kind].code().fresh(maker),
         normalize=maker.normalize,
         spec=maker.spec,
         training=settings,
@@ -370,6 +490,13 @@ def test_fit_is_the_student_stage_on_the_published_set(house, tmp_path, same_thr
         key=student.key_of(0),
         title="t",
     )
+    if kind == "learned":
+        hard = KINDS["hard"].code().fresh(maker)
+        drawn, every = draw_epoch(maker.spec, maker.images.sizes, "k", 0, True), np.arange(20)
+        targets = [
+            labels.targets(0, drawn, every, None, ALONE)[0] for labels in (setup.labels, hard)
+        ]
+        assert (targets[0] - targets[1]).abs().max() > 0.5, "the labels are not the classes"
     net = student.build(frozen.recipe("convnet3", 4, "instance", 8, 10), setup.key)
     average, _ = training.train(setup, net, Context(ALONE, tmp_path, {}, "w", quiet=True))
     weights = frozen.load(tmp_path / "s.pt", ALONE).model.state_dict()

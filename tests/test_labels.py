@@ -7,12 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ltdd_scale.data import distilled
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
-from ltdd_scale.labels import adjust, cost, stored
+from ltdd_scale.labels import adjust, cost, learned, stored
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.settings import Relabel, Views
@@ -28,6 +29,7 @@ ALONE = Ranks(0, 1, CPU, None)
 COUNTS = np.asarray([50, 30, 10, 5, 2])
 VIEWS = Views(crop_scale=[0.4, 1.0], randaugment=1)
 SPEC = view_spec(VIEWS, 8, True)
+LOGITS = np.random.default_rng(7).normal(0, 2, (11, 5)).astype(np.float32)  # that a set brings
 
 
 def teacher() -> frozen.Frozen:
@@ -59,6 +61,7 @@ def maker(**changes) -> Maker:
         seed=3,
         epochs=4,
         ranks=ALONE,
+        learned=LOGITS,
     )
     return dataclasses.replace(made, **changes)
 
@@ -120,15 +123,20 @@ def test_kinds_of_labels(kind):
     assert labels.kind == kind
     for i in range(11):
         mixed = torch.zeros(5)
-        mixed[own[i]] += lam[i]
-        mixed[own[drawn.partners[i]]] += 1 - lam[i]
+        if kind == "learned":
+            soft = torch.from_numpy(LOGITS).softmax(1)
+            mixed = lam[i] * soft[i] + (1 - lam[i]) * soft[drawn.partners[i]]
+        else:
+            mixed[own[i]] += lam[i]
+            mixed[own[drawn.partners[i]]] += 1 - lam[i]
         assert torch.allclose(classes[i], mixed)
         if kind == "single":
             expected = lam[i] * table[i] + (1 - lam[i]) * table[drawn.partners[i]]
             assert torch.allclose(logits[i], expected, atol=1e-5)
     if kind == "online":
         assert torch.allclose(logits, made.teacher.logits(x), atol=1e-5)
-    assert (logits is None) == (kind == "hard")
+    assert np.any((lam > 0) & (lam < 1)), "some images are mixed"
+    assert (logits is None) == (kind in ("hard", "learned"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +147,10 @@ def test_labels_of_a_folder_are_those_made_without_one(kind, adjusted, tmp_path)
     made = maker(relabel=Relabel(batch_size=4, epochs=2, topk=3, adjust=adjusted))
     facts = {"seed": "labels 3", "epochs": 0, "tau": 0.0}
     facts |= code.make(made, tmp_path, Context(ALONE, tmp_path, {}, "w"))
-    assert (facts["tau"] > 0) == (adjusted and kind != "hard")
+    assert (facts["tau"] > 0) == (adjusted and KINDS[kind].teacher)
     # Who loads knows no settings, and has a teacher only where it labels every view.
-    reader = maker(relabel=None, teacher=teacher() if KINDS[kind].each_view else None, seed=99)
+    looking = teacher() if KINDS[kind].each_view else None
+    reader = maker(relabel=None, teacher=looking, seed=99, learned=None)
     loaded, fresh, indices = code.load(tmp_path, facts, reader), code.fresh(made), np.arange(11)
     for epoch in (0, 1, 2):
         assert loaded.view_key("s", epoch) == fresh.view_key("s", epoch)
@@ -150,6 +159,33 @@ def test_labels_of_a_folder_are_those_made_without_one(kind, adjusted, tmp_path)
         theirs = fresh.targets(epoch, drawn, indices, x, ALONE)
         assert torch.equal(ours[0], theirs[0])
         assert ours[1] is theirs[1] is None or torch.equal(ours[1], theirs[1])
+
+
+def test_learned_labels_that_a_set_does_not_bring_are_refused(tmp_path):
+    context = Context(ALONE, tmp_path, {}, "w")
+    for way in (learned.fresh, lambda made: learned.make(made, tmp_path, context)):
+        with pytest.raises(UserError, match=r"brings no learned labels .*relabel\.labels"):
+            way(maker(learned=None))
+        with pytest.raises(UserError, match="not finite"):
+            way(maker(learned=LOGITS * np.float32(np.inf)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_learned_labels_of_another_set_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"learned\.npy"):
+        learned.load(tmp_path, {}, maker())
+    for wrong in (LOGITS[:10], LOGITS[:, :4], LOGITS.astype(np.float64)):
+        distilled.save(tmp_path / "learned.npy", wrong)
+        with pytest.raises(UserError, match=r"expected logits float32 \[11, 5\]"):
+            learned.load(tmp_path, {}, maker())
+
+
+def test_one_rank_writes_the_learned_labels(tmp_path):
+    for rank in (1, 0):
+        peer = Ranks(rank, 2, CPU, None)
+        learned.make(maker(ranks=peer), tmp_path, Context(peer, tmp_path, {}, "w", quiet=True))
+        assert (tmp_path / "learned.npy").exists() == (rank == 0)
+    assert np.array_equal(np.load(tmp_path / "learned.npy"), LOGITS)
 
 
 def test_stored_labels_that_are_not_all_there_are_refused(tmp_path):
@@ -236,7 +272,8 @@ def test_cost_is_the_teachers_passes():
     once = asked("single").flops
     assert once > 0 and asked("stored").flops == pytest.approx(50 * once)
     assert asked("stored", epochs=7).flops == pytest.approx(7 * once)
-    assert asked("online").flops == asked("hard").flops == 0
+    assert asked("online").flops == asked("hard").flops == asked("learned").flops == 0
+    assert asked("learned").disk == 4 * 30 * 3 and asked("hard").disk == 0
     assert asked("online", adjust=True).flops == once
     assert asked("stored", epochs=2).disk == 2 * 30 * 3 * 2
     assert asked("stored", epochs=2, topk=1).disk == 2 * 30 * (2 * 2 + 2)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,12 @@ ALONE = Ranks(0, 1, torch.device("cpu"), None)
         ("convnet4", 32),
         ("resnet32", 32),
         ("resnet18_cifar", 32),
+        ("resnet18_instance", 32),
+        ("resnet18_instance", 9),
+        ("vgg11_cifar", 32),
+        ("vgg11_cifar", 64),
+        ("alexnet_cifar", 8),
+        ("alexnet_cifar", 36),
         ("resnet18", 64),
         ("vgg11", 64),
         ("mobilenet_v3_small", 64),
@@ -51,6 +59,67 @@ def test_resnet32_has_464_thousand_parameters():
         )
         == 464_154
     )
+
+
+def conv(inputs, outputs, side=3):
+    return outputs * (inputs * side * side + 1)
+
+
+def count(name, size, norm="instance"):
+    model = registry.Student(registry.backbone(name, 0, norm, size), 10)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_fields_networks_have_their_parameters():
+    """By hand: 3×3 convolutions with biases, two numbers a channel for the norm, a linear layer."""
+    widths = [3, 64, 128, 256, 256, 512, 512, 512, 512]
+    vgg = sum(conv(a, b) for a, b in pairwise(widths)) + 2 * sum(widths[1:]) + 513 * 10
+    assert vgg == 9_231_114 == count("vgg11_cifar", 32) == count("vgg11_cifar", 32, "batch")
+    assert count("vgg11_cifar", 64) == vgg, "larger images are averaged"
+    alexnet = conv(3, 128, 5) + conv(128, 192, 5) + conv(192, 256) + conv(256, 192) + conv(192, 192)
+    assert count("alexnet_cifar", 32) == alexnet + 10 * (192 * 4 * 4 + 1) == 1_872_202
+    assert count("alexnet_cifar", 64) == alexnet + 10 * (192 * 8 * 8 + 1)
+    # ResNet-18 with a 3×3 stem: two convolutions without biases a block, 1×1 ones in three shortcuts.
+    resnet = 64 * 27 + 2 * 64 + 513 * 10
+    for a, b in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        resnet += 9 * (a * b + 3 * b * b) + 4 * 2 * b + (a * b + 2 * b if a != b else 0)
+    assert resnet == count("resnet18_cifar", 32) == count("resnet18_instance", 32)
+
+
+@pytest.mark.parametrize("name", ["vgg11_cifar", "resnet18_instance", "alexnet_cifar"])
+def test_without_batchnorm_images_do_not_see_each_other(name):
+    """Weights and nothing else; the same logits alone and in a batch, with and without training."""
+    model = registry.seeded(
+        lambda: registry.Student(registry.backbone(name, 0, "instance", 32), 10), "n"
+    )
+    assert not list(model.buffers()) and not registry.norm_layers(model)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        together = model(x)
+        assert torch.allclose(model.eval()(x[1:2]), together[1:2], atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-3, "it sees the image"
+
+
+def test_vgg_honours_the_norm_and_resnet18_has_its_own():
+    assert flops.norm_layers("vgg11_cifar", 0, "batch", 32) == 8
+    assert flops.norm_layers("vgg11_cifar", 0, "instance", 32) == 0
+    for norm in ("instance", "batch"):
+        assert flops.norm_layers("resnet18_cifar", 0, norm, 32) == 20
+        assert flops.norm_layers("resnet18_instance", 0, norm, 32) == 0
+        assert flops.norm_layers("alexnet_cifar", 0, norm, 32) == 0
+
+
+@pytest.mark.parametrize(("name", "side"), [("vgg11_cifar", 32), ("resnet18_instance", 9)])
+def test_nothing_is_normalised_alone(name, side):
+    """At the smallest side: the mean of one pixel is the pixel, so its norm would be 0."""
+    seen = []
+    model = registry.backbone(name, 0, "instance", side)
+    for layer in model.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.register_forward_hook(lambda _, x, __: seen.append(x[0].shape[2:].numel()))
+    with torch.no_grad():
+        model(torch.randn(1, 3, side, side))
+    assert min(seen) == 4 and len(seen) == (8 if name == "vgg11_cifar" else 20)
 
 
 def test_instance_norm_is_per_image_and_channel():
@@ -152,6 +221,13 @@ def test_a_damaged_network_is_refused(tmp_path):
         ("alexnet", 32, "alexnet cannot take images of 32 pixels: .* raise data.resolution"),
         ("vit_b_16", 64, "vit_b_16 cannot take images of 64 pixels"),
         ("convnet4", 8, "at least 16 pixels"),
+        (
+            "vgg11_cifar",
+            31,
+            "vgg11_cifar needs images of at least 32 pixels, data.resolution is 31",
+        ),
+        ("alexnet_cifar", 7, "alexnet_cifar needs images of at least 8 pixels"),
+        ("resnet18_instance", 8, "resnet18_instance needs images of at least 9 pixels"),
         ("squeezenet1_0", 224, "does not end in a linear layer"),
         ("resnet51", 32, "unknown net"),
     ],
@@ -165,7 +241,15 @@ def test_a_net_that_cannot_take_the_images_is_told_in_one_line(name, size, words
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("convnet3", 64), ("resnet18_cifar", 64), ("regnet_x_400mf", 64), ("vit_b_16", 224)],
+    [
+        ("convnet3", 64),
+        ("resnet18_cifar", 64),
+        ("resnet18_instance", 64),
+        ("vgg11_cifar", 64),
+        ("alexnet_cifar", 64),
+        ("regnet_x_400mf", 64),
+        ("vit_b_16", 224),
+    ],
 )
 def test_nets_are_checked_without_data(name, size):
     """The draws of other networks are not disturbed, and no weights are made."""

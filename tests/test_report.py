@@ -94,6 +94,36 @@ def test_the_matrix_has_every_cell_and_no_more():
     assert list(rows_of(tables.matrix_table(few))) == ["images", "distilled"]
 
 
+def test_a_set_with_learned_labels_stands_beside_real_images_with_classes():
+    """Also where other label kinds are there: the row of random images is the one with classes."""
+    results = result("learned", baseline="hard")
+    results["summary"]["students"].insert(0, entry("distilled", "learned", 60.0))
+    rows = rows_of(tables.table(results))
+    assert rows["distilled"][1:5] == ["learned", "n", "10", "60.0 ± 0.5"]
+    assert rows["random real"][1:5] == ["hard", "n", "10", "47.0 ± 0.5"]
+    matrix = rows_of(tables.matrix_table(results))
+    assert matrix["images"] == ["images", "online", "stored", "single", "hard", "learned", "net"]
+    assert matrix["distilled"][4:6] == ["43.0 ± 0.5", "60.0 ± 0.5"]
+    assert matrix["random real"][5] == matrix["initial images"][5] == "–"
+
+
+def test_the_page_of_a_set_with_learned_labels(store):
+    results = result("learned", baseline="hard")
+    results["summary"]["students"].insert(0, entry("distilled", "learned", 60.0))
+    curve = {"net": "n", "seed": 0, "loss": [2.0, 1.0]}
+    results["loss_curves"] = [
+        {"set": s, "labels": y, **curve}
+        for s, y in (("distilled", "learned"), ("random", "hard"), ("random", "single"))
+    ]
+    made = material(store, {**results, "matrix": [1]}, teacher=None)
+    text = page.render(
+        made, shards.ShardSplit(store / "shard", "train"), {**results, "matrix": [1]}
+    )
+    for words in ("method rldd, learned labels", "random real 47.0 %", "distilled 60.0 %"):
+        assert words in text
+    assert "random hard n (2 epochs)" in text and "random single n" not in text
+
+
 def test_class_folders_sort_in_label_order():
     assert distilled_set.folder_names(["a", "b", "c"]) == ["a", "b", "c"]
     for classes in (["b", "a"], ["10", "9"], ["a", "a"], ["x/y", "a b"]):

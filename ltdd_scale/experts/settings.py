@@ -12,10 +12,13 @@ class Expert(Settings):
 
     net: Text = option(
         "convnet3",
-        "convnet3, convnet4, resnet32, resnet18_cifar, or any torchvision classifier by name",
+        "convnet3, convnet4, resnet32, resnet18_cifar, resnet18_instance, vgg11_cifar, "
+        "alexnet_cifar, or any torchvision classifier by name",
     )
     width: Whole = option(128, "channels of a ConvNet", low=1)
-    norm: Literal["instance", "batch"] = option("instance", "normalisation of a ConvNet")
+    norm: Literal["instance", "batch"] = option(
+        "instance", "normalisation of a ConvNet or vgg11_cifar; other networks have their own"
+    )
     epochs: Whole = option(200, "passes over the uniform stream", low=1)
     batch_size: Whole = option(64, "global batch: the same on any number of ranks", low=2)
     lr: Number = option(0.01, "peak learning rate of SGD", low=0)

@@ -14,12 +14,14 @@ from ltdd_scale.stage import Stage
 class Roles:
     """Which stage's folder holds what, whatever the method: judging knows no method.
 
-    `judged`: title → (stage, file) of networks that are judged beside the students.
+    `learned`: whether the distilled set brings labels of its own. `judged`: title → (stage, file)
+    of networks that are judged beside the students.
     """
 
     distilled: str
     initial: str = ""
     labels: str = "relabel"
+    learned: bool = False
     judged: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 

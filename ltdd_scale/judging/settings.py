@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.settings import Views
 from ltdd_scale.settings import Number, Switch, Text, Whole, option
 
@@ -33,9 +34,17 @@ class Training(Views):
 class Evaluate(Training):
     """Students, trained from scratch on the distilled set and on the baselines."""
 
-    nets: list[Text] = option(["convnet3"], "networks that are trained on the set")
+    nets: list[Text] = option(
+        ["convnet3"],
+        "networks that are trained on the set: convnet3, convnet4, resnet32, resnet18_cifar, "
+        "resnet18_instance, vgg11_cifar, alexnet_cifar, or any torchvision classifier by name",
+    )
     width: Whole = option(128, "channels of a student that is a ConvNet", low=1)
-    norm: Literal["instance", "batch"] = option("instance", "normalisation of such a student")
+    norm: Literal["instance", "batch"] = option(
+        "instance",
+        "normalisation of a student that is a ConvNet or vgg11_cifar; other networks have their "
+        "own: resnet18_cifar BatchNorm, resnet18_instance that of the field's tables",
+    )
     epochs: Whole = option(1000, "student epochs", low=1)
     seeds: Whole = option(3, "repeats", low=1)
     random: Switch = option(True, "random real images of the same IPC beside the distilled set")
@@ -52,7 +61,11 @@ class Evaluate(Training):
     )
     plain_epochs: Whole = option(60, "epochs of the plain network", low=1)
     matrix: Switch = option(
-        False, "the label matrix: {random, initial, distilled} × {online, stored, single, hard}"
+        False, "the label matrix: {random, initial, distilled} × evaluate.matrix_labels"
+    )
+    matrix_labels: list[Text] = option(
+        [name for name, kind in KINDS.items() if not kind.of_set],
+        "kinds of labels in the matrix; learned ones are added where the method has such",
     )
     split: Literal["test", "val"] = option(
         "test", "what students are judged on; choose settings on 'val' only"

@@ -12,26 +12,35 @@ from typing import Any
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
-from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.catalog import HARD, KINDS, baseline
 from ltdd_scale.labels.stage import reads as label_reads
 from ltdd_scale.results import WHOLE_SETS, Student
 from ltdd_scale.stage import Division, Section, Stage, places
 
-PLAIN = "hard"  # the label kind of the plain network on the whole set
-
 
 def _cells(config: Any, roles: Roles) -> list[tuple[str, str]]:
-    """(set, labels) of all students, the configured ones first."""
+    """(set, labels) of all students, the configured ones first.
+
+    Real images have no learned labels: beside a set with such, they are trained on with classes.
+    """
     settings, kind = config.evaluate, config.relabel.labels
     cells = [("distilled", kind)]
     if settings.random:
-        cells.append(("random", kind))
+        cells.append(("random", baseline(kind)))
     if settings.full_epochs:
-        cells.append(("full", kind if kind == "hard" else "online"))
+        cells.append(("full", "online" if KINDS[kind].teacher else HARD))
     if settings.matrix:
         sets = [s for s in ("random", "initial", "distilled") if s != "initial" or roles.initial]
-        cells += [(s, y) for s in sets for y in KINDS if (s, y) not in cells]
+        brought = [y for y in KINDS if KINDS[y].of_set]
+        kinds = dict.fromkeys((*settings.matrix_labels, *brought))
+        every = [(s, y) for s in sets for y in kinds if _has(s, y, roles)]
+        cells += [cell for cell in every if cell not in cells]
     return cells
+
+
+def _has(which: str, labels: str, roles: Roles) -> bool:
+    """Whether images of the set `which` can have such labels."""
+    return not KINDS[labels].of_set or (which == "distilled" and roles.learned)
 
 
 def students(config: Any, roles: Roles) -> list[tuple[Student, int]]:
@@ -46,7 +55,7 @@ def students(config: Any, roles: Roles) -> list[tuple[Student, int]]:
             seeds = range(config.seed, config.seed + settings.seeds)
             out += [(Student(which, labels, net, seed), epochs) for seed in seeds]
     if settings.plain == "own":
-        plain = Student("plain", PLAIN, settings.nets[0], config.seed)
+        plain = Student("plain", HARD, settings.nets[0], config.seed)
         out.append((plain, settings.plain_epochs))
     return out
 

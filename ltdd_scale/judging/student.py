@@ -91,6 +91,7 @@ def _setup(who: Student, settings: Any, context: Context, split: ShardSplit) -> 
         seed=settings.seed,
         epochs=settings.epochs,
         ranks=context.ranks,
+        learned=_learned(who, context, len(split.classes)),
     )
     return Setup(
         images=images,
@@ -108,6 +109,14 @@ def _teacher(context: Context) -> frozen.Frozen | None:
     if "teacher" not in context.inputs:
         return None
     return frozen.load(context.input("teacher") / "weights.pt", context.ranks)
+
+
+def _learned(who: Student, context: Context, num_classes: int) -> np.ndarray | None:
+    """The labels that the set brings, where this student is to learn from them and relabel has not
+    copied them."""
+    if not KINDS[who.labels].of_set or "labels" in context.inputs:
+        return None
+    return distilled.Distilled(context.input("images"), num_classes).learned()
 
 
 def _labels(kind: str, maker: Maker, context: Context) -> Labels:

@@ -14,8 +14,9 @@ from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
 from ltdd_scale.judging.student import PLAIN
+from ltdd_scale.labels.catalog import baseline
 from ltdd_scale.models import frozen
-from ltdd_scale.results import WHOLE_SETS
+from ltdd_scale.results import WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
@@ -37,11 +38,12 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         title: frozen.load(context.input(title) / file, context.ranks)
         for title, (_, file) in settings.judged.items()
     }
-    plain, kind = [r for r in rows if r["set"] == PLAIN], settings.labels
+    plain = [r for r in rows if r["set"] == PLAIN]
     small = [r for r in rows if r["set"] != PLAIN]
     summary = {
         "split": settings.split,
-        "labels": kind,
+        "labels": settings.labels,
+        "baseline": baseline(settings.labels),
         "balanced_test": is_balanced(test.labels, test.num_classes),
         "students": summarize(small),
         "experts": {
@@ -54,7 +56,7 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     elif settings.plain == "expert" and TEACHER in judged:
         summary["plain"] = _plain_head(judged[TEACHER], settings.debias, test)
     results = {
-        "rows": [r for r in rows if _is_shown(r, kind)],
+        "rows": [r for r in rows if _is_shown(r, summary)],
         "summary": summary,
         "matrix": small if settings.matrix else [],
         "loss_curves": [_curve(f) for f in found if f["row"]["seed"] == settings.seed],
@@ -126,10 +128,10 @@ def _plain_head(teacher: frozen.Frozen, debiased: bool, test: _Test) -> list[Row
     ]
 
 
-def _is_shown(row: Row, kind: str) -> bool:
+def _is_shown(row: Row, summary: dict[str, Any]) -> bool:
     """Whether a row belongs to the result, and not to the label matrix alone."""
-    own = row["labels"] == kind and row["set"] in ("distilled", "random")
-    return own or row["set"] in WHOLE_SETS
+    configured = row["labels"] == labels_of(row["set"], summary)
+    return (configured and row["set"] in ("distilled", "random")) or row["set"] in WHOLE_SETS
 
 
 def _curve(found: dict[str, Any]) -> Row:

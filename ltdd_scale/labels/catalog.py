@@ -9,6 +9,8 @@ from types import ModuleType
 from ltdd_scale.labels.settings import Adjusted, Stored
 from ltdd_scale.settings import Settings
 
+HARD = "hard"  # the kind that every image has
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -16,7 +18,8 @@ class Kind:
 
     `settings` is what of the section `relabel` they depend on, None where they depend on nothing.
     `teacher`: whether a network has to label the images. `views`: whether labels belong to the
-    views of an epoch. `each_view`: whether a student's step needs a pass of the teacher.
+    views of an epoch. `each_view`: whether a student's step needs a pass of the teacher. `of_set`:
+    whether the distilled set brings these labels: no other images have them.
     """
 
     name: str
@@ -25,6 +28,7 @@ class Kind:
     teacher: bool
     views: bool = False
     each_view: bool = False
+    of_set: bool = False
 
     def code(self) -> ModuleType:
         """The module that makes and reads such labels. It imports torch, this file does not."""
@@ -37,6 +41,13 @@ KINDS: dict[str, Kind] = {
         Kind("online", "ltdd_scale.labels.online", Adjusted, teacher=True, each_view=True),
         Kind("stored", "ltdd_scale.labels.stored", Stored, teacher=True, views=True),
         Kind("single", "ltdd_scale.labels.single", Adjusted, teacher=True),
-        Kind("hard", "ltdd_scale.labels.hard", None, teacher=False),
+        Kind(HARD, "ltdd_scale.labels.hard", None, teacher=False),
+        Kind("learned", "ltdd_scale.labels.learned", None, teacher=False, of_set=True),
     )
 }
+
+
+def baseline(kind: str) -> str:
+    """The labels of real images beside a distilled set with labels of `kind`: the same, or the
+    classes where only the set has such."""
+    return HARD if KINDS[kind].of_set else kind

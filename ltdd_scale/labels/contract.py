@@ -34,7 +34,8 @@ class Maker:
     in [0, 1]. `spec` is what the student's views are drawn from, `views` their settings. `relabel`
     is what the kind depends on (`Kind.settings`), None where that is nothing or where labels are
     only loaded. `train_counts` int [C] are the images of each class of the long-tailed set. `seed`
-    is the config's, `epochs` the student's.
+    is the config's, `epochs` the student's. `learned` are the logits float32 [n, C] that the set
+    brings, None where it brings none or nobody asks for them.
     """
 
     images: Images
@@ -48,6 +49,7 @@ class Maker:
     seed: int
     epochs: int
     ranks: Ranks
+    learned: np.ndarray | None = None
 
     def teach(self, x: Tensor) -> Tensor:
         """The teacher's logits float32 [n, C] on normalised images [n, 3, R, R]."""
@@ -67,7 +69,8 @@ class Labels(Protocol):
     def targets(
         self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Tensor | None]:
-        """(mixed classes float [b, C], logits float [b, C] or None) of images `indices` [b].
+        """(mixed classes float [b, C], logits float [b, C] or None) of images `indices` [b]. Where
+        the second is None, the loss is the cross-entropy with the first.
 
         `x` are their views as the student sees them, normalised, [b, 3, R, R], from `drawn`.
         """

@@ -13,8 +13,10 @@ FLOAT = 4
 
 
 def relabel(settings: Any, facts: Facts) -> Cost:
-    """A pass of the teacher for every label that is written."""
+    """A pass of the teacher for every label that is written; labels of the set are copied."""
     kind = KINDS[settings.labels]
+    if kind.of_set:
+        return Cost(disk=FLOAT * facts.num_classes**2 * settings.ipc)
     if not kind.teacher or (kind.each_view and not settings.relabel.adjust):
         return Cost()
     images, side = facts.num_classes * settings.ipc, settings.images.resolution

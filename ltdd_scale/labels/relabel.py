@@ -7,7 +7,7 @@ from typing import Any
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.loader import prepare
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.catalog import KINDS, Kind
 from ltdd_scale.labels.contract import Maker, label_key
 from ltdd_scale.labels.settings import Views
 from ltdd_scale.labels.views import view_spec
@@ -23,30 +23,34 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     # Nothing is made here of classes, nor of what the teacher says at student time, unless its
     # logits are to be adjusted: then τ is found here, once for all students.
     at_student_time = kind.each_view and not settings.relabel.adjust
-    if kind.teacher and not at_student_time:
-        facts |= kind.code().make(_maker(settings, context), context.out, context)
+    if kind.of_set or (kind.teacher and not at_student_time):
+        facts |= kind.code().make(_maker(kind, settings, context), context.out, context)
     if context.ranks.is_main:
         files.write_json(context.out / "labels.json", facts)
     return facts
 
 
-def _maker(settings: Any, context: Context) -> Maker:
+def _maker(kind: Kind, settings: Any, context: Context) -> Maker:
     ranks, seen = context.ranks, settings.images
     split = ShardSplit(context.input("shard"), "train")
     num_classes = len(split.classes)
     held = Distilled(context.input("distilled"), num_classes)
+    teacher = None
+    if kind.teacher:
+        teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
     # Kinds whose labels do not belong to views look at whole images only.
     views = settings.views if "views" in settings else Views()
     return Maker(
         images=held.images(ranks.device, seen.memory_gb),
-        teacher=frozen.load(context.input("teacher") / "weights.pt", ranks),
+        teacher=teacher,
         normalize=prepare(split, ranks.device),
         spec=view_spec(views, seen.resolution, seen.mirror),
         views=views,
-        relabel=settings.relabel,
+        relabel=settings.relabel if "relabel" in settings else None,
         num_classes=num_classes,
         train_counts=split.counts,
         seed=settings.seed,
         epochs=settings.student_epochs if "student_epochs" in settings else 0,
         ranks=ranks,
+        learned=held.learned() if kind.of_set else None,
     )

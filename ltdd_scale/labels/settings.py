@@ -38,5 +38,6 @@ class Relabel(Stored):
     labels: Text = option(
         "online",
         "online: teacher at student time; stored: top-k logits of every epoch's view; "
-        "single: one soft label an image; hard: classes",
+        "single: one soft label an image; hard: classes; "
+        "learned: soft labels that the method has learned with the images",
     )

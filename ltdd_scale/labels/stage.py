@@ -30,7 +30,7 @@ def stage(config: Any, distilled: str) -> Stage:
         reads={
             **reads(kind.name),
             **(views if kind.views else {}),
-            **(size if kind.teacher else {}),
+            **(size if kind.teacher else places("ipc") if kind.of_set else {}),
             **places("seed", "runtime.precision"),
             "images": Section("data", Seen),
         },

@@ -20,7 +20,8 @@ class Method:
 
     `experts(config)` names the networks that its stages read ("observer", "teacher"). `distilled`
     is the stage whose folder holds the distilled set, `initial` the one with the images that it
-    started from, if the method has such. `judged` are further networks to be judged beside the
+    started from, if the method has such. `learned(config)`: whether the distilled set brings
+    learned labels (`data/distilled.py`). `judged` are further networks to be judged beside the
     students: title → (stage, file). `check(config)` raises `UserError` for settings that cannot
     work together, and returns warnings about settings without effect.
     """
@@ -32,5 +33,6 @@ class Method:
     distilled: str
     initial: str = ""
     experts: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    learned: Callable[[Any], bool] = lambda config: False
     judged: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     check: Callable[[Any], list[str]] = lambda config: []

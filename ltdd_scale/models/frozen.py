@@ -67,8 +67,8 @@ class Frozen:
 
     @property
     def any_size(self) -> bool:
-        """Whether it takes images of another side than the one it was trained on."""
-        return self.recipe["net"] not in registry.CONVNETS
+        """Whether it takes images of any other side than the one it was trained on."""
+        return self.recipe["net"] not in registry.ONE_SIDE
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Networks by name: ConvNet-3/4, ResNet-32, CIFAR-stem ResNet-18, any torchvision classifier."""
+"""Networks by name: ConvNets, the field's networks for small images, any torchvision classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from textwrap import shorten
 from typing import TypeVar, cast
 
@@ -20,6 +20,10 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.runtime.ranks import torch_seed
 
 CONVNETS = {"convnet3": 3, "convnet4": 4}  # name → depth
+RESNETS = {"resnet18_cifar": "batch", "resnet18_instance": "instance"}  # name → normalisation
+NAMES = (*CONVNETS, "resnet32", *RESNETS, "vgg11_cifar", "alexnet_cifar")  # not torchvision's
+# Those that take images of the side that they were built for, or cannot do with less.
+ONE_SIDE = (*CONVNETS, "resnet18_instance", "vgg11_cifar", "alexnet_cifar")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,11 +51,61 @@ class ConvNet(nn.Sequential):
             ]
         super().__init__(*layers, nn.Flatten())
         self.num_features = width * (resolution // 2**depth) ** 2
-        if not self.num_features:
-            raise UserError(
-                f"convnet{depth} needs images of at least {2**depth} pixels, "
-                f"data.resolution is {resolution}"
-            )
+        _need(f"convnet{depth}", 2**depth, resolution)
+
+
+class Vgg11(nn.Sequential):
+    """VGG-11 for small images, as DC's (ICLR 2021): normalisation after each convolution, five
+    2×2 poolings, one linear layer on the 512 features. Larger images are averaged in the end.
+
+    The last convolutions see a 1/16 of the side, 2×2 pixels of 32: instance normalisation has more
+    than one pixel everywhere.
+    """
+
+    num_features = 512
+
+    def __init__(self, norm: str, resolution: int):
+        _need("vgg11_cifar", 32, resolution)
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+            for width in stage:
+                convolution = nn.Conv2d(channels, width, 3, padding=1)
+                layers += [convolution, _norm(norm, width), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class AlexNet(nn.Sequential):
+    """AlexNet for small images, as DC's (ICLR 2021): three 2×2 poolings, no normalisation, one
+    linear layer on the 192 maps of an eighth of the side."""
+
+    def __init__(self, resolution: int):
+        _need("alexnet_cifar", 8, resolution)
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, kernel, pooled in (
+            (128, 5, True),
+            (192, 5, True),
+            (256, 3, False),
+            (192, 3, False),
+            (192, 3, True),
+        ):
+            convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2)
+            layers += [convolution, nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2)] if pooled else []
+            channels = width
+        super().__init__(*layers, nn.Flatten())
+        self.num_features = channels * (resolution // 8) ** 2
+
+
+def _need(net: str, side: int, resolution: int) -> None:
+    """Raise `UserError` where images are smaller than `side` pixels."""
+    if resolution < side:
+        raise UserError(
+            f"{net} needs images of at least {side} pixels, data.resolution is {resolution}"
+        )
 
 
 class _Block(nn.Module):
@@ -112,24 +166,30 @@ def _without_head(name: str, net: nn.Module) -> nn.Module:
 def backbone(name: str, width: int, norm: str, resolution: int) -> nn.Module:
     """A feature extractor [n, 3, R, R] → [n, num_features].
 
-    `width` and `norm` ("instance" or "batch") shape ConvNets only. Raises `UserError` for an
-    unknown name.
+    `width` shapes ConvNets only, `norm` ("instance" or "batch") ConvNets and vgg11_cifar: others
+    have one of their own. Raises `UserError` for an unknown name, or images that are too small.
     """
     if name in CONVNETS:
         return ConvNet(CONVNETS[name], width, norm, resolution)
     if name == "resnet32":
         return ResNet32()
+    if name == "vgg11_cifar":
+        return Vgg11(norm, resolution)
+    if name == "alexnet_cifar":
+        return AlexNet(resolution)
     import torchvision  # a second of every process's start: only where it is needed
 
-    if name == "resnet18_cifar":
-        net = torchvision.models.resnet18()
+    if name in RESNETS:
+        if RESNETS[name] == "instance":
+            _need(name, 9, resolution)  # the last maps of smaller ones are one pixel: normalised, 0
+        net = torchvision.models.resnet18(norm_layer=partial(_norm, RESNETS[name]))
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         net.maxpool = nn.Identity()
         return _without_head(name, net)
     if name not in torchvision.models.list_models(torchvision.models):
         raise UserError(
-            f"unknown net {name!r}: one of {', '.join(CONVNETS)}, resnet32, resnet18_cifar, or a "
-            "torchvision classifier such as resnet50"
+            f"unknown net {name!r}: one of {', '.join(NAMES)}, or a torchvision "
+            "classifier such as resnet50"
         )
     two_outputs = name in ("googlenet", "inception_v3")
     kwargs = {"aux_logits": False, "init_weights": True} if two_outputs else {}

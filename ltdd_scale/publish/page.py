@@ -14,6 +14,7 @@ from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.publish.material import Material
 from ltdd_scale.publish.pictures import bars, contact_sheet, curves
 from ltdd_scale.publish.tables import HEADINGS, SHOWN, matrix_table, numbers, table
+from ltdd_scale.results import WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import duration
 
@@ -120,9 +121,10 @@ def _matrix(results: dict[str, Any]) -> str:
 
 def _class_accuracies(material: Material, summary: dict[str, Any]) -> dict[str, list[float | None]]:
     """Series of the bar chart: students of the first net, plain networks, the teacher."""
-    net, kind = material.student["net"], summary["labels"]
+    net = material.student["net"]
     cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
-    wanted = [("distilled", kind), ("random", kind), ("full", "online"), ("full", "hard")]
+    wanted = [(s, labels_of(s, summary)) for s in ("distilled", "random")]
+    wanted += [("full", "online"), ("full", "hard")]
     out = {SHOWN[s]: cells[s, y, net]["per_class"] for s, y in wanted if (s, y, net) in cells}
     named = [(e["title"], e) for e in summary.get("plain", [])]
     named += [(t, e) for t, e in summary["experts"].items() if t == "teacher"]
@@ -181,7 +183,7 @@ def _expert_losses(material: Material) -> dict[str, list[float]]:
 
 def _student_losses(material: Material, results: dict[str, Any]) -> dict[str, Sequence[float]]:
     """The first seed's students of the first net: the configured labels, and the whole set."""
-    net, kind = material.student["net"], results["summary"]["labels"]
+    net, summary = material.student["net"], results["summary"]
     records = results["loss_curves"]
     first = min((r["seed"] for r in records), default=0)
     shown = [
@@ -189,7 +191,7 @@ def _student_losses(material: Material, results: dict[str, Any]) -> dict[str, Se
         for r in records
         if r["seed"] == first
         and r["net"] == net
-        and (r["labels"] == kind or r["set"] in ("full", "plain"))
+        and (r["set"] in WHOLE_SETS or r["labels"] == labels_of(r["set"], summary))
     ]
     return {f"{r['set']} {r['labels']} {r['net']}": r["loss"] for r in shown}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ltdd_scale.results import labels_of
+
 SHOWN = {
     "distilled": "distilled",
     "initial": "initial images",
@@ -21,7 +23,13 @@ HEADINGS = {
     "medium": "medium",
     "few": "few",
 }
-KINDS = ("online", "stored", "single", "hard")  # the columns of the matrix; others come after
+KINDS = (
+    "online",
+    "stored",
+    "single",
+    "hard",
+    "learned",
+)  # the columns of the matrix; others come after
 
 
 def numbers(summary: dict[str, Any]) -> list[str]:
@@ -58,8 +66,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(title, entry) of the students with the configured labels, net by net: the set, random real
-    images, the whole long-tailed set, the plain network on it."""
+    """(title, entry) of the students with the configured labels (`results.labels_of`), net by net:
+    the set, random real images, the whole long-tailed set, the plain network on it."""
     nets = {e["net"] for e in summary["students"]}
     found = [
         (SHOWN[e["set"]], ORDER[e["set"]], e)
@@ -73,11 +81,12 @@ def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _configured(entry: dict[str, Any], summary: dict[str, Any]) -> bool:
-    return entry["labels"] == summary["labels"]
+    return entry["labels"] == labels_of(entry["set"], summary)
 
 
 def matrix_table(results: dict[str, Any]) -> str:
-    """Images × labels, the number that counts; what nobody trained on is left out."""
+    """Images × labels, the number that counts; what nobody trained on is left out. A dash where a
+    set has no such labels: real images have no learned ones."""
     summary = results["summary"]
     number = numbers(summary)[0]
     cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
