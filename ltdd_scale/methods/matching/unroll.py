@@ -21,9 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# ℓ_i(θ, x_i, y_i): step, weights [P], images [b, 3, R, R], labels [b, C] → scalar. Pure: it is
-# called twice for each step, and draws the same augmentation both times.
-Loss = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from ltdd_scale.models.captured import Captured
+
+# ℓ(θ, x, y, fixed): weights [P], augmented images [b, 3, R, R], labels [b, C], `Segment.fixed` →
+# scalar.
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Segment:
 
     `start`, `target`: the weights that are trained, float [P]; `compared`: the part of them that L
     looks at. `batches`: int64 [N, b] on the device, which images each step sees, each once.
-    `loss` is ℓ_i. `name` is for messages.
+    `augment(i, x)` changes the images of step i, the same way at each call. `loss` is ℓ, one object
+    for all segments of a kind; `fixed` is a tensor that it needs beside (weights that are not
+    trained). `name` is for messages.
     """
 
     name: str
@@ -40,7 +44,9 @@ class Segment:
     target: Tensor
     compared: slice
     batches: Tensor
+    augment: Callable[[int, Tensor], Tensor]
     loss: Loss
+    fixed: Tensor
 
     def distance(self, theta: Tensor) -> Tensor:
         """L of the weights that a student ends with, a scalar."""
@@ -60,50 +66,81 @@ class Gradient:
     log_rate: Tensor
 
 
-def student(segment: Segment, images: Tensor, labels: Tensor, rate: Tensor) -> list[Tensor]:
-    """θ_0 … θ_N of a student that is trained on `images` [n, 3, R, R] with `labels` [n, C], at the
-    rate β."""
-    theta = [segment.start]
-    for step, chosen in enumerate(segment.batches):
-        weights = theta[-1].detach().requires_grad_()
-        loss = segment.loss(step, weights, images[chosen], labels[chosen])
-        (grad,) = torch.autograd.grad(loss, weights)
-        theta.append(theta[-1] - rate * grad)
-    return theta
+class Unroll:
+    """Students and their gradients. `learn_labels`: by the labels too. `exact`: see above.
 
+    Nothing here needs a graph of images or labels. On a GPU the work of a step is captured once for
+    each loss.
+    """
 
-def gradient(
-    segment: Segment,
-    images: Tensor,
-    labels: Tensor,
-    rate: Tensor,
-    learn_labels: bool = False,
-    exact: bool = True,
-) -> Gradient:
-    """L of one segment and its gradient. Nothing here needs a graph of `images` or `labels`."""
-    with torch.no_grad():
+    def __init__(self, learn_labels: bool = False, exact: bool = True):
+        self.learn_labels, self.exact = learn_labels, exact
+        self._captured: dict[Loss, tuple[Captured, Captured]] = {}
+
+    def student(
+        self, segment: Segment, images: Tensor, labels: Tensor, rate: Tensor
+    ) -> list[Tensor]:
+        """θ_0 … θ_N of a student that is trained on `images` [n, 3, R, R] with `labels` [n, C], at
+        the rate β."""
+        step, _ = self._steps(segment.loss)
+        theta = [segment.start]
+        for i, chosen in enumerate(segment.batches):
+            x = segment.augment(i, images[chosen])
+            theta += step(theta[-1], x, labels[chosen], segment.fixed, rate)
+        return theta
+
+    def gradient(self, segment: Segment, images: Tensor, labels: Tensor, rate: Tensor) -> Gradient:
+        """L of one segment and its gradient."""
         images, labels, rate = images.detach(), labels.detach(), rate.detach()
-    theta = student(segment, images, labels, rate)
-    last = theta.pop().requires_grad_()
-    loss = segment.distance(last)
-    (v,) = torch.autograd.grad(loss, last)
-    by_image = torch.zeros_like(images)
-    by_label = torch.zeros_like(labels) if learn_labels else None
-    by_rate = torch.zeros_like(rate)
-    for step in range(len(theta) - 1, -1, -1):
-        chosen = segment.batches[step]
-        weights = theta.pop().detach().requires_grad_(True)
-        x = images[chosen].requires_grad_()
-        y = labels[chosen].requires_grad_(learn_labels)
-        (g,) = torch.autograd.grad(segment.loss(step, weights, x, y), weights, create_graph=True)
-        product = g @ v
-        wanted = [x, *([y] if learn_labels else []), *([weights] if exact else [])]
-        found = list(torch.autograd.grad(product, wanted))
-        # Each image is once in a batch, so that nothing is added twice: the order does not matter.
-        by_image[chosen] -= rate * found.pop(0)
-        if by_label is not None:
-            by_label[chosen] -= rate * found.pop(0)
-        by_rate -= product.detach()
-        if exact:
-            v = v - rate * found.pop()
-    return Gradient(loss.detach(), by_image, by_label, rate * by_rate)
+        theta = self.student(segment, images, labels, rate)
+        last = theta.pop().detach().requires_grad_()
+        loss = segment.distance(last)
+        (v,) = torch.autograd.grad(loss, last)
+        _, back = self._steps(segment.loss)
+        by_image, by_rate = torch.zeros_like(images), torch.zeros_like(rate)
+        by_label = torch.zeros_like(labels)
+        for i in range(len(theta) - 1, -1, -1):
+            chosen = segment.batches[i]
+            x = images[chosen].requires_grad_()
+            seen = segment.augment(i, x)
+            product, by_seen, by_y, by_theta = back(
+                theta.pop(), seen.detach(), labels[chosen], segment.fixed, v
+            )
+            # Each image is once in a batch: nothing is added twice, so no order matters.
+            by_image[chosen] -= rate * torch.autograd.grad(seen, x, by_seen)[0]
+            if self.learn_labels:
+                by_label[chosen] -= rate * by_y
+            by_rate -= product
+            if self.exact:
+                v = v - rate * by_theta
+        learned = by_label if self.learn_labels else None
+        return Gradient(loss.detach(), by_image, learned, rate * by_rate)
+
+    def _steps(self, loss: Loss) -> tuple[Captured, Captured]:
+        """One step of a student, (θ, x, y, fixed, β) → (next θ,); and the way back over it,
+        (θ, x, y, fixed, v) → (g·v, its gradients by x, y and θ)."""
+        if loss in self._captured:
+            return self._captured[loss]
+
+        def step(*given: Tensor) -> tuple[Tensor, ...]:
+            theta, x, y, fixed, rate = given
+            weights = theta.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(loss(weights, x, y, fixed), weights)
+            return (theta - rate * grad,)
+
+        def back(*given: Tensor) -> tuple[Tensor, ...]:
+            theta, x, y, fixed, v = (value.detach() for value in given)
+            weights, x = theta.requires_grad_(), x.requires_grad_()
+            y = y.requires_grad_(self.learn_labels)
+            value = loss(weights, x, y, fixed)
+            (g,) = torch.autograd.grad(value, weights, create_graph=True)
+            product = g @ v
+            wanted = [x, *([y] if self.learn_labels else []), *([weights] if self.exact else [])]
+            found = list(torch.autograd.grad(product, wanted))
+            by_x = found.pop(0)
+            by_y = found.pop(0) if self.learn_labels else y.new_zeros(())
+            by_theta = found.pop() if self.exact else v.new_zeros(())
+            return product.detach(), by_x, by_y, by_theta
+
+        self._captured[loss] = Captured(step), Captured(back)
+        return self._captured[loss]
