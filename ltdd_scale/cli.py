@@ -227,7 +227,8 @@ def _work(args: argparse.Namespace) -> int:
         )
     out = args.out or Path("runs") / config.name
     store = args.store or out.parent / "store"
-    resolved = perform.resolve(config, out, quiet=not place.speaks())
+    showing = bool(clustered and args.dry_run)
+    resolved = perform.resolve(config, out, quiet=not place.speaks(), dry_run=showing)
     request = perform.make_request(
         resolved,
         _targets(args),
@@ -242,7 +243,7 @@ def _work(args: argparse.Namespace) -> int:
     if clustered:
         from ltdd_scale.launch import commands
 
-        return commands.run(_options(args), request)
+        return commands.run(_options(args), request, resolved.absent)
     from ltdd_scale.launch import run
 
     return run.run(request, args.nproc, args.max_restarts)

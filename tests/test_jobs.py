@@ -227,11 +227,16 @@ def test_slurm_without_slurm_says_what_to_do(tmp_path, tiny):
 
 
 def test_an_estimate_of_every_job_but_the_report(tmp_path):
-    costs = estimate.costs(point(tmp_path, "", "relabel.labels=single"), tmp_path / "store")
-    assert set(costs) >= set(RLDD) - {"report"}
-    assert all(costs[j].flops > 0 for j in RLDD if j not in ("shard", "evaluate", "report"))
-    nowhere = point(tmp_path, "", "data.source=folder", "data.path=/nowhere")
-    assert estimate.costs(nowhere, tmp_path / "store") is None
+    one = point(tmp_path, "", "relabel.labels=single")
+    nowhere = point(tmp_path, "nowhere", "data.source=folder", "data.path=/nowhere")
+    known = estimate.all_facts([one, nowhere], tmp_path / "store")
+    found = estimate.costs([one, nowhere], known)
+    assert known["nowhere"] is None and found["nowhere"] is None
+    flops = dict.fromkeys(RLDD, 0.0)
+    for name, cost in (found[""] or {}).items():
+        flops[one.nodes[name].stage.job] += cost.flops
+    without = [job for job, n in flops.items() if not n]
+    assert without == ["shard", "evaluate", "report"]
 
 
 def test_parts_are_each_pieces_once(tmp_path, tiny):

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, clean_environment, cli, digests
-from jobs_tools import make, point
+from conftest import ROOT, TINY, clean_environment, cli, digests, folder_of
+from jobs_tools import campaign_of, make, point
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.launch import campaign, jobs, sweep
+from ltdd_scale.launch import campaign, jobs, parts, sweep, sweep_table
 from ltdd_scale.runtime import files
 
 
@@ -32,6 +32,27 @@ def test_a_sweep_file(tmp_path):
     assert good["imbalance_factor6-ipc2"].data.imbalance_factor == 6
     assert all(c.seed == 3 and c.evaluate.seeds == 2 for c in good.values())
     assert bad == {"odd": "ipc: must be at least 1, got 0"}
+
+
+def test_a_point_may_have_a_config_of_its_own(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "dm.yaml").write_text("base: tiny.yaml\nmethod: dm\nrelabel: {labels: hard}\n")
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "config: tiny.yaml\nset: {ipc: 3}\n"
+        "points: [{name: a}, {name: b, config: dm.yaml, dm.iterations: 7}, {config: no.yaml}]\n"
+        "published: [{method: DM, where: {method: dm}, top1: 1}, {method: GM, labels: hard, top1: 2}]\n"
+    )
+    found = sweep.load(path)
+    good, bad = found.load_points([])
+    assert list(found.points) == ["a", "b", "all"] and "no.yaml" in bad["all"]
+    assert [(c.name, c.method, c.ipc) for c in good.values()] == [
+        ("tiny", "rldd", 3),
+        ("dm", "dm", 3),
+    ]
+    assert good["b"].dm.iterations == 7
+    fits = [[row.fits(c) for c in good.values()] for row in found.published]
+    assert fits == [[False, True], [False, False]]  # the second has a row of its own
 
 
 def test_a_long_value_of_a_point_arrives_whole(tmp_path):
@@ -53,20 +74,19 @@ def test_a_long_value_of_a_point_arrives_whole(tmp_path):
         ("config: a.yaml\npoints: [ipc]", "points: expected settings, got 'ipc'"),
         ("config: a.yaml\ngird: {}", "a sweep has the keys"),
         ("config: [", "not valid YAML"),
+        ("config: a.yaml\npublished: [1]\npoints: [{}]", r"published\[0\]: expected a row"),
+        ("config: a.yaml\npublished: [{top1: 1}]\npoints: [{}]", "say whose number"),
+        ("config: a.yaml\npublished: [{method: X, top: 1}]\npoints: [{}]", r"published\[0\].top"),
+        (
+            "config: a.yaml\npublished: [{method: X, where: {ipcs: 1}}]\npoints: [{}]",
+            "no setting 'ipcs'",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_said(tmp_path, text, words):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         sweep.load(tmp_path / "s.yaml")
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda p: p.name
-)
-def test_the_sweeps_that_are_there_load(path):
-    good, bad = sweep.load(path).load_points(["data.path=/somewhere"])
-    assert good and not bad
 
 
 def test_the_ablation_switches_each_strategy_off():
@@ -110,7 +130,7 @@ def test_the_table_of_a_sweep(tmp_path, balanced):
     made.jobs = [jobs.Job("c/recover", "recover", "c")]
     files.write_json(make(tmp_path / "a") / "results.json", results(True, 40.0))
     files.write_json(make(tmp_path / "b") / "results.json", results(balanced, 42.0, teacher=False))
-    text = sweep.write(found, made, tmp_path, lambda job: f"{job.name} broke")
+    text = sweep_table.write(found, made, tmp_path, lambda job: f"{job.name} broke")
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     heading, a, b = rows[0], rows[2], rows[3]
     first, second = ("top-1", "balanced") if balanced else ("balanced", "top-1")
@@ -124,8 +144,117 @@ def test_the_table_of_a_sweep(tmp_path, balanced):
     assert dict(zip(heading, b, strict=True))["teacher"] == "–"
     assert "2 of 3 points" in text and "**c**: not finished: c/recover broke" in text
     mean = "41.0 ± 1.4" if balanced else "31.0 ± 1.4"
-    assert rows[6][:3] == ["all", "2", mean], rows
+    assert ["all", "2", mean] in [row[:3] for row in rows], rows
     assert set(files.read_json(tmp_path / "results.json")["points"]) == {"a", "b"}
+
+
+def cells_of(text: str, start: str) -> dict[str, dict[str, str]]:
+    """The first table after `start`: first cell of a row → heading → cell."""
+    lines = text[text.index(start) :].splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("|"))
+    rows = [
+        [c.strip() for c in x.split("|")[1:-1]] for x in itertools.takewhile(bool, lines[first:])
+    ]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def matrix_of(top1: dict[tuple[str, str, str], float], labels: str, plain: float = 40.0) -> dict:
+    """Results of a point: (set, labels, net) → top-1; the spread over classes is a tenth of it."""
+    students = [
+        {
+            "set": which,
+            "labels": kind,
+            "net": net,
+            "top1": n,
+            "balanced": n,
+            "class_std": n / 10,
+            "top1_std": 0.5,
+        }
+        for (which, kind, net), n in top1.items()
+    ]
+    rows = [
+        {"title": t, "net": "convnet3", "top1": plain, "class_std": 4.0}
+        for t in ("plain, whole set", "plain, logit-adjusted")
+    ]
+    summary = {
+        "labels": labels,
+        "baseline": "hard",
+        "balanced_test": True,
+        "students": students,
+        "plain": rows,
+        "experts": {},
+    }
+    return {"summary": summary}
+
+
+def test_the_table_of_images_and_labels(tmp_path):
+    """What points share has one row, what differs one each; published rows stand where they belong."""
+    nets = ("convnet3", "resnet32")
+    random = {("random", kind, net): 30.0 for kind in ("hard", "single") for net in nets}
+    mine = {
+        "a": {**random, ("distilled", "hard", "convnet3"): 41.0, ("initial", "hard", "convnet3"): 35.0, ("distilled", "hard", "resnet32"): 21.0},
+        "b": {**random, ("distilled", "hard", "convnet3"): 42.0, ("distilled", "learned", "convnet3"): 43.0},
+        "c": {("random", "hard", "convnet3"): 29.0, ("distilled", "hard", "convnet3"): 44.0},
+    }  # fmt: skip
+    points = [point(tmp_path, name, "ipc=" + str(k + 1)) for k, name in enumerate(mine)]
+    for name, top1 in mine.items():
+        found = matrix_of(top1, "learned" if name == "b" else "hard", 50.0 if name == "c" else 40.0)
+        files.write_json(make(tmp_path / name) / "results.json", found)
+    beside = [
+        sweep.Published(method="P", top1=1.5, where={"ipc": 2}),
+        sweep.Published(method="Q", top1=2.5, where={"ipc": 1}, net="resnet32"),
+        sweep.Published(method="R", top1=3.5, labels="hard", class_std=7.5),
+    ]
+    found = sweep.Sweep("s", Path("c.yaml"), {name: {} for name in mine}, published=beside)
+    made = campaign.Campaign("s", tmp_path / "jobs", tmp_path, "local", points=points)
+    text = sweep_table.write(found, made, tmp_path, lambda job: "")
+    first, second = cells_of(text, "\nconvnet3:"), cells_of(text, "\nresnet32:")
+    assert list(first) == [
+        "random real (a, b)", "random real (c)", "initial images of a", "a", "b", "c",
+        "plain, whole set (a, b)", "plain, whole set (c)",
+        "plain, logit-adjusted (a, b)", "plain, logit-adjusted (c)", "R, published",
+    ]  # fmt: skip
+    assert first["random real (a, b)"]["single"] == "30.0 ± 0.5"
+    assert first["random real (c)"]["single"] == "–"
+    assert first["b"]["hard"] == "42.0 ± 0.5" and first["b"]["learned"] == "43.0 ± 0.5"
+    assert first["b"]["std over classes"] == "4.3 (learned)" and first["b"]["published"] == "P 1.5"
+    assert first["a"]["std over classes"] == "4.1 (hard)" and first["a"]["published"] == "–"
+    assert first["R, published"]["hard"] == "3.5"
+    assert first["R, published"]["std over classes"] == "7.5 (hard)"
+    assert first["plain, logit-adjusted (c)"]["hard"] == "50.0"
+    assert list(second) == ["random real", "a"]
+    assert second["a"]["published"] == "Q 2.5" and second["a"]["std over classes, hard"] == "2.1"
+    assert cells_of(text, "# s")["a"]["published"] == "–"  # its students are of another network
+
+
+def test_what_the_set_of_a_point_took(finished, tmp_path):
+    """Summed from the records of a run that was done: experts that the set needs, and the method."""
+    config, run = finished
+    one = campaign_of(run, config)
+    took = parts.spent(one.points[0], one.store)
+    wanted = {
+        "experts": ["observer", "teacher"],
+        "synthesis": ["calibrate", "initialize", "recover"],
+    }
+    for part, names in wanted.items():
+        records = [files.read_json(folder_of(run, n) / "stage.json") for n in names]
+        assert took[part].seconds == pytest.approx(sum(r["seconds"] * r["ranks"] for r in records))
+        assert took[part].peak_mb == max(r["peak_mb"]["cpu"] for r in records) > 0
+        assert took[part].devices == (records[0]["device"],)
+    # With labels of the teacher, but a method that does not read it, the teacher is not its cost.
+    other = campaign_of(
+        run, config, "initialize.confident=false", "recover.teacher_ce=0", "recover.ce=1"
+    )
+    assert "teacher" in other.points[0].nodes
+    left = parts.spent(other.points[0], one.store)
+    observer = files.read_json(folder_of(run, "observer") / "stage.json")
+    assert left["experts"].seconds == observer["seconds"] and "synthesis" not in left
+    found = sweep.Sweep("s", config, {"": {}}, published=[sweep.Published(method="X", experts=7.0)])
+    text = sweep_table.write(found, one, tmp_path, lambda job: "")
+    (row,) = cells_of(text, "What the distilled sets took").values()
+    assert row["experts, s"] == f"{took['experts'].seconds:,.0f}"
+    assert row["synthesis, MB"] == f"{took['synthesis'].peak_mb:,}"
+    assert row["published: experts, synthesis"] == "X 7 s, –"
 
 
 @pytest.mark.slow

@@ -36,6 +36,24 @@ class Location(Settings):
     test_list: Text = option("", "list: the same for testing")
 
 
+class Expected(Settings):
+    """What the source holds, for estimates where it is not here. Not hashed: nothing is made of it.
+
+    With `profile: counts` the counts stand in the config anyway.
+    """
+
+    expected_classes: Whole = option(
+        0, "classes of the source, for a dry run where the images are not; 0: not said", low=0
+    )
+    expected_per_class: Whole = option(
+        0, "training images of each of these classes in the source; 0: data.max_per_class", low=0
+    )
+    expected_counts: list[Whole] = option(
+        [], "the same for each class, in label order, where classes differ in the source"
+    )
+    expected_test: Whole = option(0, "test images of the source, for the same estimates", low=0)
+
+
 class Chosen(Settings):
     """Which images of the source make the set, and how they are stored in the shards."""
 
@@ -87,7 +105,7 @@ class Seen(Settings):
     )
 
 
-class Data(Seen, Chosen, Location):
+class Data(Seen, Chosen, Expected, Location):
     """The real, long-tailed set."""
 
     @classmethod

@@ -16,6 +16,8 @@ from ltdd_scale.data.split import Available, Source
 from ltdd_scale.errors import UserError
 from ltdd_scale.stage import Facts
 
+SLACK = 0.02  # share of the images by which a set may differ from what is expected of it
+
 
 def kind(data: Chosen) -> Any:
     """The module that knows sources of this kind: see `data.catalog`."""
@@ -62,6 +64,47 @@ def facts(data: Data) -> Facts:
         found = _available(module.open_all(data))
     names = [str(c) for c in range(len(found.train))]
     return Facts(tuple(_drawn(data, found, names)), found.test)
+
+
+def expected(data: Data) -> Facts | None:
+    """What the config says of a set that is not here; None where it does not say enough.
+
+    Raises `UserError` as `open_source` does where what it says leaves a class without images.
+    """
+    if data.profile == "counts" and data.source != "shards":
+        return Facts(tuple(data.counts), data.expected_test)
+    each = data.expected_per_class or data.max_per_class
+    train = list(data.expected_counts) or [each] * data.expected_classes
+    if not train or not all(train):
+        return None
+    if data.source == "shards":  # the long tail is drawn already
+        return Facts(tuple(train), data.expected_test)
+    found = Available(train, data.expected_test, bool(data.val_list))
+    names = [str(c) for c in range(len(train))]
+    return Facts(tuple(_drawn(data, found, names)), data.expected_test)
+
+
+def surprise(data: Data, found: Facts) -> str:
+    """In one line what the config expects and the set does not have; nothing where they agree.
+
+    `found` is what is known of the set itself. A few images more or less, as where some do not
+    decode, are no surprise.
+    """
+    try:
+        thought = expected(data)
+    except UserError as error:
+        return f"data.expected_*: {error}"
+    if thought is None or data.profile == "counts":
+        return ""
+    if thought.num_classes != found.num_classes:
+        what = f"{thought.num_classes} classes, and the set has {found.num_classes}"
+    elif abs(thought.num_images - found.num_images) > SLACK * found.num_images:
+        what = f"{thought.num_images:,} training images, and the set has {found.num_images:,}"
+    elif data.expected_test and abs(thought.judged - found.judged) > SLACK * found.judged:
+        what = f"{thought.judged:,} test images, and the set has {found.judged:,}"
+    else:
+        return ""
+    return f"data.expected_*: the config expects {what}; the set counts, correct the config"
 
 
 def _available(source: Source) -> Available:

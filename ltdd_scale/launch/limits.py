@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ltdd_scale.data import sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.launch import perform
 from ltdd_scale.launch.jobs import Job
@@ -50,6 +51,8 @@ def check(work: Session, num_ranks: int) -> dict[str, Any]:
     if not all(n.fingerprint in known for n in nodes):
         check_settings(nodes)
         facts = perform.known_facts(work.config, work.request.source, work.store)
+        if line := sources.surprise(work.config.data, facts):
+            print(f"warning: {line}", file=sys.stderr)
         found = costs(nodes, facts)
         new = {n.fingerprint: asdict(found[n.name]) if n.name in found else None for n in nodes}
         known = {**known, **new}

@@ -31,16 +31,23 @@ class Resolved:
     config: Any
     source: str
     asked: str  # hash of the config as it was asked for
+    absent: bool = False  # the images are not here: `source` is a stand-in, nothing can run
 
 
 def resolve(
-    config: Any, out: Path, quiet: bool = True, read: dict[str, str] | None = None
+    config: Any,
+    out: Path,
+    quiet: bool = True,
+    read: dict[str, str] | None = None,
+    dry_run: bool = False,
 ) -> Resolved:
     """Decide what the config leaves open, once: the decoder, and the plain network's place.
 
     What the run folder `out` has on record stays as it is, so that a run goes on as it began.
-    `read` keeps digests of sources, for a sweep whose points have one. Raises `UserError` where the
-    images are not there and nothing is on record of them.
+    `read` keeps digests of sources, for a sweep whose points have one. With `dry_run` a stand-in
+    for the digest is enough where the config says what the set holds (``data.expected_…``): what
+    is resolved so must not run. Raises `UserError` where the images are not there, nothing is on
+    record of them and nothing stands in.
     """
     if not quiet:
         for warning in check(config):
@@ -57,28 +64,35 @@ def resolve(
         choices.setdefault("data.loader", backend.resolve_loader(config.data))
         config = load.changed(config, {"data.loader": choices["data.loader"]})
     where = f"{config.data.source} {look_up(config, Section('data', Location))}"
+    absent = False
     try:
         source = (read or {}).get(where) or digest.of(config.data)
     except UserError:
-        if known.get("chosen") != session.chosen_images(config):
+        if known.get("chosen") == session.chosen_images(config):
+            source = known["source"]  # the images are away: what was made of them still counts
+        elif dry_run and sources.expected(config.data):
+            source, absent = f"not here: {where}", True
+        else:
             raise
-        source = known["source"]  # the images are away: what was made of them still counts
-    if read is not None:
+    if read is not None and not absent:
         read[where] = source
     if config.evaluate.plain == "auto":
         if not (same and "evaluate.plain" in choices):
-            choices["evaluate.plain"] = plain_network(config, source)
+            choices["evaluate.plain"] = plain_network(config, source, absent)
         config = load.changed(config, {"evaluate.plain": choices["evaluate.plain"]})
-    return Resolved(config, source, asked)
+    return Resolved(config, source, asked, absent)
 
 
-def plain_network(config: Any, source: str) -> str:
-    """ "own" where the plain network is cheap beside the run, or where no expert could stand in."""
+def plain_network(config: Any, source: str, absent: bool = False) -> str:
+    """ "own" where the plain network is cheap beside the run, or where no expert could stand in.
+
+    `absent`: the images are not here, and what the config expects of them has to do.
+    """
     own = load.changed(config, {"evaluate.plain": "own"})
     if "teacher" not in recipe.experts(own):
         return "own"
     nodes = graph.build(recipe.stages(own, source), own)
-    facts = sources.facts(config.data)
+    facts = sources.expected(config.data) if absent else sources.facts(config.data)
     costs = {
         name: function(node.stage.cost)(node.settings, facts).flops
         for name, node in nodes.items()

@@ -177,10 +177,10 @@ class Task:
     def _perform(self) -> int:
         summary = self.summary
         if summary:
-            from ltdd_scale.launch import sweep
+            from ltdd_scale.launch import sweep_table
             from ltdd_scale.launch.guard import guarded
 
-            return guarded(lambda: sweep.write_summary(summary))
+            return guarded(lambda: sweep_table.write_summary(summary))
         from ltdd_scale.launch.perform import perform
         from ltdd_scale.request import Request
 

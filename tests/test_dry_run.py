@@ -1,0 +1,215 @@
+"""Estimates where no data is, and the configs of published recipes, which are looked at like that."""
+
+import re
+
+import pytest
+from conftest import ROOT, TINY, cli, image_folder, said_plainly
+
+from ltdd_scale import recipe
+from ltdd_scale.config import load
+from ltdd_scale.config.root import check
+from ltdd_scale.data import sources
+from ltdd_scale.data.settings import Data
+from ltdd_scale.errors import UserError
+from ltdd_scale.launch import estimate, sweep
+from ltdd_scale.launch.jobs import Point
+from ltdd_scale.launch.parts import PARTS, part_of
+from ltdd_scale.pipeline import graph
+
+CONFIGS = ROOT / "configs"
+PUBLISHED = sorted((CONFIGS / "published").glob("*.yaml"))
+SWEEPS = sorted([*(CONFIGS / "sweeps").glob("*.yaml"), *CONFIGS.glob("published/sweeps/*.yaml")])
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """The first table of what was printed: first cell → the others."""
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"
+    ]
+    return {row[0]: row[1:] for row in rows[:1] + rows[2:]}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_published_recipe_says_what_it_is(path):
+    config = load.load(path)
+    assert check(config) == []
+    assert load.from_text(load.to_yaml(config)) == config
+    comment = "".join(x for x in path.read_text().splitlines(True) if x.startswith("#"))
+    for words in ("# Source: ", "# As published: ", "# Not as published: ", "Not reproduced here"):
+        assert words in comment, words
+    assert sources.expected(config.data) is not None
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: f"{p.parent.parent.name}-{p.stem}")
+def test_every_point_loads_and_has_its_numbers(path):
+    """No setting without effect, and a point or a row for every published number."""
+    found = sweep.load(path)
+    good, bad = found.load_points([])
+    assert good and not bad
+    assert {n: said for n, c in good.items() if (said := check(c))} == {}
+    for row in found.published:
+        fit = [c for c in good.values() if row.fits(c)]
+        assert row.labels or len(fit) == 1 or not row.where, row
+        assert all(not row.net or row.net in c.evaluate.nets for c in fit), row
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SWEEPS if p.parent.parent.name == "published"], ids=lambda p: p.stem
+)
+def test_every_published_table_has_an_estimate(path, tmp_path):
+    """Of each point: experts, synthesis and students cost something, without data."""
+    good, _ = sweep.load(path).load_points([])
+    points = [Point(name, config, tmp_path, "not here") for name, config in good.items()]
+    known = estimate.all_facts(points, tmp_path)
+    costs = estimate.costs(points, known)
+    for point in points:
+        flops = dict.fromkeys(PARTS, 0.0)
+        for name, cost in (costs[point.name] or {}).items():
+            if part := part_of(point.nodes[name].stage):
+                flops[part] += cost.flops
+        own = [part for part in PARTS if part != "experts" or experts(point.config)]
+        assert all(flops[part] > 0 for part in own), (point.name, flops)
+
+
+def experts(config) -> bool:
+    """Whether the method needs networks that are trained on the real set."""
+    return config.method in ("rldd", "mtt", "damed")
+
+
+def test_the_class_counts_are_the_documented_ones():
+    """Of "ImageNet-LT" and the exponential sets, as `configs/sets` state them in words."""
+    numbers = {}
+    for path in sorted((CONFIGS / "sets").glob("*.yaml")):
+        said = re.findall(r"(?:IF )?(\d+): ([\d,]+)(?: images)?", path.read_text().splitlines()[0])
+        for factor, images in said:
+            data = load.load(path, [f"data.imbalance_factor={factor}"]).data
+            numbers[path.stem, factor] = sum(sources.expected(data).counts)
+            assert numbers[path.stem, factor] == int(images.replace(",", ""))
+    assert len(numbers) == 11
+    whole = sources.expected(load.load(CONFIGS / "sets" / "imagenet_lt.yaml").data)
+    assert (whole.num_images, whole.num_classes, whole.judged) == (115_846, 1000, 50_000)
+    assert (max(whole.counts), min(whole.counts)) == (1280, 5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_per_class": 100, "imbalance_factor": 20, "test_per_class": 40},
+        {"imbalance_factor": 5, "test_per_class": 10, "val_per_class": 20},
+        {"profile": "full", "test_per_class": 3},
+        {"profile": "counts", "counts": list(range(30, 40)), "test_per_class": 3},
+    ],
+)
+def test_what_is_expected_is_what_is_there(settings):
+    """For a config that states its source rightly."""
+    data = Data(source="digits", **settings)
+    module = sources.kind(data)
+    there = module.available(data)
+    stated = {"expected_counts": there.train, "expected_test": there.test}
+    assert sources.expected(Data(source="digits", **settings, **stated)) == sources.facts(data)
+
+
+def test_little_said_is_nothing_known():
+    assert sources.expected(Data(source="folder", expected_classes=3)) is None
+    assert sources.expected(Data(source="folder", expected_per_class=3)) is None
+    said = Data(source="folder", expected_classes=2, max_per_class=9, imbalance_factor=9)
+    assert sources.expected(said).counts == (9, 1)
+    shards = Data(source="shards", expected_counts=[4, 3], profile="full", expected_test=8)
+    assert sources.expected(shards).counts == (4, 3)
+    with pytest.raises(UserError, match="leaves nothing of class 1"):
+        sources.expected(Data(source="folder", expected_counts=[4, 3], val_per_class=5))
+
+
+def test_expectations_change_no_fingerprint(tiny):
+    stated = ["data.expected_classes=3", "data.expected_per_class=9", "data.expected_counts=[1, 2]"]
+    nodes = []
+    for sets in ([], [*stated, "data.expected_test=4"]):
+        config = load.load(tiny, sets)
+        built = graph.build(recipe.stages(config, "digits"), config)
+        nodes.append({name: node.where for name, node in built.items()})
+    assert nodes[0] == nodes[1] and len(nodes[0]) > 9
+
+
+@pytest.fixture
+def absent(tmp_path):
+    """A sweep whose images are not there."""
+    text = TINY.replace("source: digits", f"source: folder, path: {tmp_path / 'nowhere'}")
+    (tmp_path / "absent.yaml").write_text(text)
+    path = tmp_path / "s.yaml"
+    path.write_text("config: absent.yaml\nset: {relabel.labels: single}\ngrid: {ipc: [1, 4]}\n")
+    return path
+
+
+STATED = ("data.expected_classes=10", "data.expected_per_class=160", "data.expected_test=100")
+
+
+def test_a_dry_run_where_no_data_is(absent, tmp_path):
+    where = ["--out", tmp_path / "runs" / "s"]
+    done = cli("sweep", absent, *where, "--dry-run", "--set", *STATED)
+    assert done.returncode == 0, done.stderr
+    found = table(done.stdout)
+    assert list(found) == ["point", "ipc1", "ipc4", "all, shared once"]
+    assert found["point"] == ["experts", "synthesis", "students", "all"]
+    assert "the images of 2 points are not here" in done.stdout and "estimated: " in done.stdout
+    assert "no estimate" not in done.stdout and "# ---- ipc4/recover" in done.stdout
+    # One point of it, for SLURM, with the plain network's place to be decided.
+    cluster = ["--cluster", "slurm", "--profile", ROOT / "slurm/preemptible.yaml", "--dry-run"]
+    plain = [*STATED, "evaluate.plain=auto"]
+    one = cli("run", tmp_path / "absent.yaml", *where, *cluster, "--set", *plain)
+    assert one.returncode == 0 and list(table(one.stdout)) == ["point", "absent"], one.stderr
+    assert "the images are not here" in one.stdout and "#SBATCH" in one.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_here_cannot_run(absent, tmp_path):
+    where = ["--out", tmp_path / "runs" / "s", "--set", *STATED]
+    said_plainly(cli("run", tmp_path / "absent.yaml", *where), "no such folder")
+    said_plainly(
+        cli("run", tmp_path / "absent.yaml", "--cluster", "local", *where), "no such folder"
+    )
+    assert not (tmp_path / "runs").exists()
+    done = cli("sweep", absent, *where)
+    assert done.returncode == 1 and done.stdout.count("is refused: data.path: no such folder") == 2
+    assert not list(tmp_path.rglob("stage.json"))
+    # Without a word on what is not here there is no estimate either.
+    done = cli("sweep", absent, "--out", tmp_path / "o", "--dry-run")
+    assert done.returncode == 1 and done.stdout.count("is refused: data.path: no such folder") == 2
+
+
+def test_a_set_that_is_not_the_expected_one_is_said(tmp_path):
+    image_folder(tmp_path / "set", {"a": 12, "b": 12})
+    image_folder(tmp_path / "set", {"a": 3, "b": 3}, "test")
+    place = f"source: folder, path: {tmp_path / 'set'}, val_per_class: 2"
+    (tmp_path / "c.yaml").write_text(
+        TINY.replace("source: digits", place).replace(", val_per_class: 5", "")
+    )
+    (tmp_path / "s.yaml").write_text("config: c.yaml\ngrid: {ipc: [1, 2]}\n")
+    for stated, words in (
+        (["expected_classes=3", "expected_per_class=12"], "expects 3 classes, and the set has 2"),
+        (["expected_classes=2", "expected_per_class=22"], "training images, and the set has"),
+        (
+            ["expected_classes=2", "expected_per_class=12", "expected_test=9"],
+            "expects 9 test images",
+        ),
+        (["expected_classes=2", "expected_per_class=12", "expected_test=6"], ""),
+        (["expected_classes=2", "expected_per_class=2"], "leaves nothing of class 0"),
+    ):
+        sets = [f"data.{s}" for s in stated]
+        done = cli(
+            "sweep", tmp_path / "s.yaml", "--out", tmp_path / "o", "--dry-run", "--set", *sets
+        )
+        lines = [x for x in done.stderr.splitlines() if "data.expected_*" in x]
+        assert done.returncode == 0 and len(lines) == bool(words), done.stderr
+        assert all(words in line for line in lines) and "not here" not in done.stdout
+
+
+def test_what_is_done_costs_nothing_more(finished):
+    """The table is of whole points; the jobs and the sum are of what is left."""
+    config, run = finished
+    shown = ["--out", run, "--cluster", "local", "--dry-run"]
+    done = cli("run", config, *shown)
+    assert done.returncode == 0 and "0 of 10 jobs are left" in done.stdout, done.stderr
+    assert table(done.stdout)["tiny"][3] != "–" and "estimated" not in done.stdout
+    more = cli("run", config, *shown, "--set", "evaluate.seeds=2")
+    assert "3 of 10 jobs are left" in more.stdout and "students   about" in more.stdout
+    assert re.search(r"estimated: \d+ s of a GPU in all", more.stdout), more.stdout
