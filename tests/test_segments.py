@@ -1,6 +1,7 @@
 """Trajectory matching's loop: several segments, SGD, saving, divergence. No experts are trained."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ltdd_scale.data import siamese
 from ltdd_scale.errors import UserError
 from ltdd_scale.methods.matching import segments
 from ltdd_scale.methods.matching.real import Pixels
+from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.methods.matching.segments import Matching, Synthetic, Weighted
 from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Segment, Unroll
@@ -26,6 +28,15 @@ FLAT = Flat("convnet3", 8, "instance", SIZE, CLASSES)
 WAYS = [FLAT.initial("way", k) for k in range(3)]
 ENDS: list[torch.Tensor] = []  # where an expert ends that is trained on a secret set
 PIXELS = Pixels(torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As ranks have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +61,9 @@ def start() -> torch.Tensor:
     return PIXELS.normalized(torch.from_numpy(pixels))
 
 
-def matching(own: Unrolled, learn: bool = False, bad: tuple[int, int] = (-1, -1)) -> Matching:
+def matching(
+    own: Unrolled, learn: bool = False, bad: tuple[int, int] = (-1, -1), saved=None
+) -> Matching:
     images, strategy = start(), siamese.choices(siamese.ALL)
     classes = torch.arange(CLASSES).repeat_interleave(IPC)
     synthetic = Synthetic(images, F.one_hot(classes, CLASSES).float(), own, learn, 0.5)
@@ -69,7 +82,11 @@ def matching(own: Unrolled, learn: bool = False, bad: tuple[int, int] = (-1, -1)
         name = f"expert {drawn.expert} from snapshot {drawn.start}"
         return [Weighted(0.5, Segment(name, begin, end, slice(0, FLAT.size), *how))]
 
-    return Matching("mtt", own, synthetic, PIXELS, pick, ALONE)
+    return Matching("mtt", own, synthetic, PIXELS, pick, ALONE, saved)
+
+
+def run(made: Matching, where: Context) -> None:
+    segments.run(replace(made, saved=Saved(where)), where)
 
 
 def context(out: Path, seconds: float = 60.0) -> Context:
@@ -132,14 +149,14 @@ def test_matching_lowers_the_distance(tmp_path):
         found = [Unroll().gradient(s, synthetic.images, synthetic.labels, rate).loss for s in drawn]
         return float(torch.stack(found).mean())
 
-    segments.run(made, context(tmp_path / "out"))
+    run(made, context(tmp_path / "out"))
     assert mean(made) < 0.95 * mean(untouched)
 
 
 def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     own = settings(segments=2)
     whole, cut = matching(own, True), matching(own, True)
-    segments.run(whole, context(tmp_path / "whole"))
+    run(whole, context(tmp_path / "whole"))
     begun, counted = Matching.iterate, []
 
     def failing(self, t):
@@ -150,9 +167,9 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Matching, "iterate", failing)
     with pytest.raises(KeyboardInterrupt):
-        segments.run(cut, context(tmp_path / "cut", 0.0))
+        run(cut, context(tmp_path / "cut", 0.0))
     again = matching(own, True)
-    segments.run(again, context(tmp_path / "cut"))
+    run(again, context(tmp_path / "cut"))
     # The last save may still have been on its way.
     assert counted[:6] == [0, 1, 2, 3, 4, 5] and counted[6] in (4, 5) and counted[-1] == 7
     for name in ("images", "labels", "log_rate"):
@@ -165,7 +182,7 @@ def test_a_stop_saves_where_it_is(tmp_path, monkeypatch):
     made = matching(settings())
     monkeypatch.setattr(signals, "_requested", "SIGTERM")
     with pytest.raises(signals.Preempted, match="at step 1"):
-        segments.run(made, context(tmp_path / "out"))
+        run(made, context(tmp_path / "out"))
     assert list((tmp_path / "out").rglob("step-000000000001.pt"))
 
 
@@ -173,10 +190,10 @@ def test_divergence_is_one_line_and_the_last_good_state_stays(tmp_path):
     made = matching(settings(segments=2), bad=(3, 1))
     out = context(tmp_path / "out", 0.0)
     with pytest.raises(UserError) as error:
-        segments.run(made, out)
+        run(made, out)
     said = str(error.value)
     assert "\n" not in said and "nan at iteration 3, segment 1 (expert" in said
-    assert "lower mtt.lr_images" in said
+    assert "last good checkpoint is of step 3. Lower mtt.lr_images" in said
     step, state = out.checkpoints().load()
     assert step == 3 and torch.isfinite(state["synthetic"]["images"]).all()
 

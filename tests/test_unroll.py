@@ -10,6 +10,15 @@ from ltdd_scale.models.flat import Flat
 N, IMAGES, CLASSES, SIZE = 6, 9, 3, 8
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As ranks have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def problem(double: bool = True, compared: slice | None = None, head: bool = False):
     """A tiny segment with images, labels and a rate. `head`: only the classifier is trained."""
     dtype = torch.float64 if double else torch.float32

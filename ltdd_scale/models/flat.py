@@ -21,7 +21,7 @@ class Flat:
     def __init__(self, net: str, width: int, norm: str, resolution: int, num_classes: int):
         self._made_of, self._num_classes = (net, width, norm, resolution), num_classes
         with registry.on_meta(net):
-            self.model = self._build()
+            self.model = self._build().eval()  # dropout is no function of weights either
         if next(self.model.buffers(), None) is not None:
             raise UserError(
                 f"{net} with norm={norm} has BatchNorm, whose statistics are no function of the "

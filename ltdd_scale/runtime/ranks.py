@@ -63,6 +63,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast_tensor(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s values on every rank, in place, on the tensor's device."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src)
+        return tensor
+
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
         """For each wish, whether any rank has it: the same answer on every rank, in one small
         reduction on the CPUs."""

@@ -28,6 +28,7 @@ from ltdd_scale.methods.damed.settings import Damed
 from ltdd_scale.methods.matching import experts, segments
 from ltdd_scale.methods.matching.experts import Experts
 from ltdd_scale.methods.matching.real import open_real
+from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.methods.matching.segments import Draws, Matching, Synthetic, Weighted
 from ltdd_scale.methods.matching.unroll import Segment
 from ltdd_scale.runtime.context import Context
@@ -58,7 +59,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
         siamese.choices(own.dsa, seen.mirror),
         settings.seed,
     )
-    matching = Matching("damed", own, synthetic, pixels, pair.pick, ranks)
+    matching = Matching("damed", own, synthetic, pixels, pair.pick, ranks, Saved(context))
     segments.run(matching, context)
     return segments.write(matching, real, context)
 

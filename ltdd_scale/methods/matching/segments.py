@@ -117,6 +117,7 @@ class Matching:
     pixels: Pixels
     pick: Pick
     ranks: Ranks
+    saved: Saved
 
     def iterate(self, t: int) -> float:
         """One iteration: the segments, a step of the images, back to valid pixels. Returns the mean
@@ -159,8 +160,7 @@ class Matching:
         rate = float(self.synthetic.log_rate.exp())
         return (
             f"match: the distance is {distance} at iteration {t}, segment {j} ({names}; "
-            f"β {rate:.2g}); lower {self.section}.lr_images, .lr_rate or .rate. "
-            "The last good checkpoint is kept"
+            f"β {rate:.2g}); {self.saved.kept()}. Lower {self.section}.lr_images, .lr_rate or .rate"
         )
 
 
@@ -196,8 +196,8 @@ class _History:
 def run(matching: Matching, context: Context) -> None:
     """All iterations, from where they were left. Every rank ends with the same synthetic set."""
     settings, synthetic = matching.settings, matching.synthetic
-    saved, history, begin = Saved(context), _History(), 0
-    found = saved.load()
+    history, begin = _History(), 0
+    found = matching.saved.load()
     if found:
         begin, state = found
         synthetic.restore(state["synthetic"])
@@ -220,7 +220,7 @@ def run(matching: Matching, context: Context) -> None:
             context.log(history.entries)
         progress.update(t + 1, history.note)
         if not last:
-            saved.after(t + 1, state_now)
+            matching.saved.after(t + 1, state_now)
 
 
 def write(matching: Matching, real: RealSet, context: Context) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def write(matching: Matching, real: RealSet, context: Context) -> dict[str, Any]
         for label, images in enumerate(by_class):
             pixels = matching.pixels.to_uint8(images)
             distilled.write_class(context.out, label, pixels, real.provenance(label))
-    Saved(context).clear()
+    matching.saved.clear()
     return {"images": real.start.size, "rate": float(synthetic.log_rate.exp())}
 
 

@@ -20,6 +20,7 @@ from ltdd_scale.data import siamese
 from ltdd_scale.methods.matching import experts, segments
 from ltdd_scale.methods.matching.experts import Experts
 from ltdd_scale.methods.matching.real import open_real
+from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.methods.matching.segments import Matching, Synthetic, Weighted
 from ltdd_scale.methods.matching.unroll import Segment
 from ltdd_scale.methods.mtt.settings import Mtt
@@ -37,7 +38,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     classes = torch.arange(num_classes, device=ranks.device).repeat_interleave(settings.ipc)
     synthetic = Synthetic(start, F.one_hot(classes, num_classes).float(), own)
     pick = Pick(own, ways, start, siamese.choices(own.dsa, seen.mirror), settings.seed)
-    matching = Matching("mtt", own, synthetic, pixels, pick, ranks)
+    matching = Matching("mtt", own, synthetic, pixels, pick, ranks, Saved(context))
     segments.run(matching, context)
     return segments.write(matching, real, context)
 
