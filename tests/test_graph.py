@@ -6,7 +6,8 @@ from conftest import TINY, cli
 from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.errors import UserError
-from ltdd_scale.pipeline import graph, store
+from ltdd_scale.pipeline import graph, run, store
+from ltdd_scale.stage import Division, Stage
 
 
 def nodes(tmp_path, *sets, source="x"):
@@ -202,5 +203,35 @@ def test_parts_are_for_stages_that_have_them(tmp_path):
         UserError, match="calibrate cannot be done in parts, only recover and students"
     ):
         graph.check_part(found, ["calibrate"], (0, 2))
+    together = [*graph.goals(found, ["students"]), "recover"]
+    with pytest.raises(UserError, match="of one job at a time, not of students and recover"):
+        graph.check_part(found, together, (0, 2))
     with pytest.raises(UserError, match="no stage 'match'"):
         graph.goals(found, ["match"])
+
+
+def unit(name, group, reads=()):
+    inputs = {n: n for n in reads}
+    return Stage(name, "unit", 1, "", inputs=inputs, division=Division.UNITS, group=group)
+
+
+def test_units_are_done_group_after_group_where_the_first_of_them_stands():
+    stages = [
+        Stage("shard", "shard", 1, ""),
+        unit("a/0", "a", ["shard"]),
+        unit("b/0", "b", ["a/0"]),
+        unit("a/1", "a", ["shard"]),
+        unit("b/1", "b", ["a/1"]),
+        Stage("b", "b", 1, "", inputs={"one": "b/0", "two": "b/1"}),
+        unit("alone", "", ["b"]),
+        unit("c/0", "c", ["b"]),
+    ]
+    found = graph.build(stages, None)
+    names = graph.needed(found, list(found))
+    done = [["shard"], ["a/0", "a/1"], ["b/0", "b/1"], ["b"], ["alone"], ["c/0"]]
+    assert run.batches(found, names) == done
+    before: set[str] = set()
+    for batch in done:
+        assert all(set(found[name].inputs) <= before for name in batch)
+        before |= set(batch)
+    assert run.batches(found, ["b/1", "b"]) == [["b/1"], ["b"]]

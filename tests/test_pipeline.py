@@ -247,3 +247,40 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     assert len(list((store / "experts").iterdir())) == 1
     assert len(list((store / "initialize").iterdir())) == 2
     assert any("waiting: another run" in s for s in said), said
+
+
+WAYS_OF_EXPERTS = """
+method: damed
+trajectories: {width: 8, steps: 8, every: 2, batch_size: 16, experts: 3}
+classifiers: {steps: 4, every: 2, batch_size: 16}
+"""
+
+
+def test_units_of_two_groups_on_ranks_and_in_parts(tmp_path):
+    """Classifiers read experts: on two ranks, in parts of which the second finds an expert missing,
+    and on one rank in one go."""
+    config = tmp_path / "experts.yaml"
+    config.write_text(TINY + WAYS_OF_EXPERTS)
+
+    def done(name, where, *more):
+        place = ("--out", tmp_path / where / "r", "--store", tmp_path / where / "store")
+        made = cli(name, config, *place, *more)
+        assert made.returncode == 0, made.stderr
+        return made.stdout
+
+    calm = done("classifiers", "calm", "--nproc", 1)
+    assert calm.index("3 trajectories …") < calm.index("3 classifiers …")
+    said = done("classifiers", "ranks", "--nproc", 2)
+    assert "rank 1 has done 1 of" in said
+    said = done("trajectories", "parts", "--nproc", 1, "--part", "0/2")
+    assert "part 0 of 2 of 3 trajectories …" in said
+    for k in range(2):
+        said = done("classifiers", "parts", "--nproc", 1, "--part", f"{k}/2")
+        left = len(digests(tmp_path / "parts" / "store"))
+        # Whoever comes first makes the expert that is missing, whole.
+        assert ("1 trajectories …" in said) == (k == 0)
+        assert f"part {k} of 2 of 3 classifiers …" in said
+        assert left == (1 + 3 + 2, 1 + 3 + 3)[k]
+    for name in ("ranks", "parts"):
+        ours, theirs = (digests(tmp_path / n / "store") for n in (name, "calm"))
+        assert ours == theirs and len(ours) == 7

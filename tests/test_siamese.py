@@ -40,9 +40,15 @@ def test_identity_parameters_give_the_image(kind):
     assert torch.allclose(siamese.apply(x, Draw(kind, NOTHING[kind])), x, atol=1e-6)
 
 
+def drawn_both_ways(kind, size, n):
+    whole = siamese.draw(rng(3, kind), (kind,), size)
+    return whole, siamese.draw_each(rng(3, kind), (kind,), size, n)
+
+
+@pytest.mark.parametrize("way", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_agrees_with_finite_differences(kind):
-    drawn = siamese.draw(rng(3, kind), (kind,), 12)
+def test_the_gradient_agrees_with_finite_differences(kind, way):
+    drawn = drawn_both_ways(kind, 12, 2)[way]
     x, direction = images(2), images(2, seed=1)
     weights = images(2, seed=2)
 
@@ -55,6 +61,73 @@ def test_the_gradient_agrees_with_finite_differences(kind):
         difference = (value(x + 0.5 * direction) - value(x - 0.5 * direction)).double()
     assert grad.abs().sum() > 0
     assert torch.isclose((grad * direction).sum().double(), difference, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_image_gets_its_own_parameters_and_no_others(kind):
+    drawn = siamese.draw_each(rng(5, kind), (kind,), 12, 6)
+    assert drawn == siamese.draw_each(rng(5, kind), (kind,), 12, 6)
+    assert drawn.kind == kind and len(set(drawn.values)) > 1 and hash(drawn)
+    x = images(6)
+    changed = siamese.apply(x, drawn)
+    for k, values in enumerate(drawn.values):
+        alone = siamese.apply(x[k : k + 1], Draw(kind, values))
+        assert torch.allclose(changed[k : k + 1], alone, atol=1e-6)
+    with pytest.raises(ValueError, match="a draw for 6 images, and there are 5"):
+        siamese.apply(x[:5], drawn)
+
+
+def test_every_kind_is_drawn_for_each_too_and_one_a_batch():
+    strategy = siamese.choices(siamese.ALL)
+    draws = [siamese.draw_each(rng(0, "dsa", t), strategy, 12, 3) for t in range(60)]
+    assert {d.kind for d in draws} == set(KINDS) and all(len(d.values) == 3 for d in draws)
+    assert siamese.draw_each(rng(0), (), 8, 3) == Draw("none")
+    x = images()
+    assert siamese.apply(x, Draw("none")) is x
+
+
+def test_draws_are_those_of_always():
+    """Sets were made with these numbers."""
+    known = {
+        "color": (-0.3009493634779773, 0.1095469332096104, 0.7677014312176126),
+        "crop": (-0.125, -0.09375),
+        "cutout": (0.09375, 0.1875),
+        "flip": (1.0,),
+        "scale": (0.9063185667247416, 0.8534169377550953),
+        "rotate": (-9.028480904339318,),
+    }
+    for kind, values in known.items():
+        assert siamese.draw(rng(7, "known"), (kind,), 32) == Draw(kind, values)
+
+
+def sheared(x, slope, width):
+    """The matrix form of a shear, in double precision."""
+    height, source = x.shape[2:]
+    y = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
+    to = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    at = to[None, :] + slope * y[:, None] + (source - 1) / 2
+    pixels = torch.arange(source, dtype=torch.float64)
+    matrices = (1 - (pixels - at[:, :, None]).abs()).clamp(min=0)
+    return torch.einsum("hvw,nchw->nchv", matrices, x)
+
+
+@pytest.mark.parametrize("size", [8, 9, 32])
+def test_a_rotation_and_its_gradient_are_those_of_the_matrices(size):
+    degrees = np.array([15.0, -3.0, 0.0, -14.2, 44.0])
+    x = images(5, size).requires_grad_()
+    weights = images(5, size, seed=2)
+    exact = []
+    for k, angle in enumerate(np.radians(degrees)):
+        slope, one = np.tan(angle / 2), x[k : k + 1].double()
+        wide = size + 2 * int(np.ceil(abs(slope) * size / 2))
+        one = sheared(one, -slope, wide).transpose(2, 3)
+        exact.append(sheared(sheared(one, np.sin(angle), size).transpose(2, 3), -slope, size))
+    exact, ours = torch.cat(exact), siamese.rotate(x, degrees)
+    assert torch.allclose(ours.double(), exact, atol=1e-5)
+    grads = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, exact)]
+    assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().sum() > 0
+    whole = torch.cat([siamese.rotate(x[k : k + 1], d) for k, d in enumerate(degrees)])
+    assert torch.allclose(ours, whole, atol=1e-6)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([8, 12, 32]))

@@ -9,6 +9,7 @@ from pydantic import Field, create_model
 from ltdd_scale.data.settings import Chosen, Data
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import Expert, Train
+from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.judging.settings import Evaluate
 from ltdd_scale.labels.catalog import KINDS
@@ -28,6 +29,8 @@ class _Common(Settings):
     observer: Expert = Expert(norm="batch")
     teacher: Expert = Expert()
     train: Train = Train()
+    trajectories: Trajectories = Trajectories()
+    classifiers: Classifier = Classifier()
 
 
 class _Above(Settings):
@@ -59,14 +62,14 @@ def check(config: Any) -> list[str]:
     for name, catalog in choices:
         if getattr(config, name) not in catalog:
             raise UserError(f"{name}: {getattr(config, name)!r} is none of {', '.join(catalog)}")
-    if config.relabel.labels not in KINDS:
-        raise UserError(f"relabel.labels: {config.relabel.labels!r} is none of {', '.join(KINDS)}")
+    _check_labels(config, warnings)
     _check_data(config, warnings)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if not config.evaluate.nets:
         raise UserError("evaluate.nets: name at least one network, such as [convnet3]")
     warnings += METHODS[config.method].check(config)
+    warnings += without_effect(config)
     if config.train.engine == "deepspeed" and config.train.compile:
         raise UserError("train.compile works with train.engine=ddp only")
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
@@ -79,9 +82,31 @@ def check(config: Any) -> list[str]:
             warnings.append(f"{role}.width has no effect on {expert.net}")
         if not config.train.debias and expert.contrast != 1.0:
             warnings.append(f"{role}.contrast has no effect with train.debias=false")
-    if config.relabel.labels != "stored" and not config.evaluate.matrix and config.relabel.topk:
-        warnings.append(f"relabel.topk has no effect with relabel.labels={config.relabel.labels}")
     return warnings
+
+
+def _check_labels(config: Any, warnings: list[str]) -> None:
+    kind, matrix = config.relabel.labels, config.evaluate.matrix_labels
+    for key, names in (("relabel.labels", [kind]), ("evaluate.matrix_labels", matrix)):
+        for name in names:
+            if name not in KINDS:
+                raise UserError(f"{key}: {name!r} is none of {', '.join(KINDS)}")
+    if KINDS[kind].of_set and not METHODS[config.method].learned(config):
+        others = ", ".join(name for name, other in KINDS.items() if not other.of_set)
+        raise UserError(
+            f"relabel.labels={kind}: method={config.method} learns no labels with these settings; "
+            f"choose one of {others}"
+        )
+    if not matrix:
+        raise UserError(
+            "evaluate.matrix_labels: name at least one kind, such as [hard]; "
+            "evaluate.matrix=false leaves the matrix out"
+        )
+    if not config.evaluate.matrix and matrix != Evaluate().matrix_labels:
+        warnings.append("evaluate.matrix_labels has no effect without evaluate.matrix=true")
+    stored = kind == "stored" or (config.evaluate.matrix and "stored" in matrix)
+    if config.relabel.topk and not stored:
+        warnings.append(f"relabel.topk has no effect with relabel.labels={kind}")
 
 
 def _check_data(config: Any, warnings: list[str]) -> None:

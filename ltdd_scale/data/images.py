@@ -44,6 +44,8 @@ class MemoryImages:
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1]."""
         for indices, views in plans:
-            chosen = torch.from_numpy(np.asarray(indices, np.int64)).to(self.pixels.device)
+            chosen = torch.from_numpy(np.asarray(indices, np.int64)).to(
+                self.pixels.device, non_blocking=True
+            )
             images = self.pixels[chosen].float() / 255
             yield images if views is None else augment.apply(images, views, spec)

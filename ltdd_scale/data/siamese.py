@@ -6,17 +6,23 @@ draw is a record of its own, and applying it knows no randomness.
     draw = siamese.draw(rng(seed, "dsa", t), siamese.choices("crop_flip"), 32)
     real, synthetic = siamese.apply(real, draw), siamese.apply(synthetic, draw)
 
-No `grid_sample`: its gradient on a GPU adds in no fixed order. All that moves pixels is a product
-with resampling matrices.
+Training draws one kind of change for a batch too, but the parameters of each image for itself:
+
+    draw = siamese.draw_each(rng(seed, "dsa", t), siamese.choices("crop_flip"), 32, len(images))
+
+No `grid_sample`: its gradient on a GPU adds in no fixed order. What moves pixels is a product with
+resampling matrices, or a shear whose gradient is another shear.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltdd_scale.data import augment
@@ -36,7 +42,7 @@ ROTATE = 15.0  # degrees, at most
 
 @dataclass(frozen=True)
 class Draw:
-    """One change with its parameters, the same for every image that it is applied to.
+    """One change with its parameters: the same for every image, or one row of them an image.
 
     color: brightness, saturation, contrast. crop: shift down and right. cutout: middle, down and
     right. flip: 1 or 0. scale: shown height and width. rotate: degrees, counter-clockwise. Lengths
@@ -44,7 +50,11 @@ class Draw:
     """
 
     kind: str
-    values: tuple[float, ...] = ()
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
+
+    def rows(self) -> np.ndarray:
+        """The parameters float64 [n, k], an image a row; [1, k] where all images share them."""
+        return np.atleast_2d(np.asarray(self.values, np.float64))
 
 
 def choices(strategy: str, mirror: bool = True) -> tuple[str, ...]:
@@ -61,52 +71,66 @@ def choices(strategy: str, mirror: bool = True) -> tuple[str, ...]:
 
 def draw(rng: np.random.Generator, strategy: tuple[str, ...], size: int) -> Draw:
     """One of `strategy`, each as likely, for images of `size` pixels a side."""
+    one = draw_each(rng, strategy, size, 1)
+    return Draw(one.kind, tuple(one.rows()[0].tolist())) if one.values else one
+
+
+def draw_each(rng: np.random.Generator, strategy: tuple[str, ...], size: int, n: int) -> Draw:
+    """One of `strategy`, with parameters of their own for each of `n` images."""
     if not strategy:
         return Draw("none")
     kind = strategy[int(rng.integers(len(strategy)))]
     match kind:
         case "color":
             low, high = zip((-BRIGHTNESS, BRIGHTNESS), SATURATION, CONTRAST, strict=True)
-            values = rng.uniform(low, high)
+            values = rng.uniform(low, high, (n, 3))
         case "crop":
             most = round(SHIFT * size)
-            values = rng.integers(-most, most + 1, 2) / size
+            values = rng.integers(-most, most + 1, (n, 2)) / size
         case "cutout":
-            values = rng.integers(0, size + 1, 2) / size
+            values = rng.integers(0, size + 1, (n, 2)) / size
         case "flip":
-            values = (float(rng.random() < 0.5),)
+            values = (rng.random((n, 1)) < 0.5).astype(float)
         case "scale":
-            values = rng.uniform(1 / SCALE, SCALE, 2)
+            values = rng.uniform(1 / SCALE, SCALE, (n, 2))
         case _:
-            values = (rng.uniform(-ROTATE, ROTATE),)
-    return Draw(kind, tuple(float(v) for v in values))
+            values = rng.uniform(-ROTATE, ROTATE, (n, 1))
+    return Draw(kind, tuple(map(tuple, values.tolist())))
 
 
 def apply(images: Tensor, draw: Draw) -> Tensor:
     """`images` float [n, 3, R, R], normalised → the same shape, differentiable.
 
-    What comes from outside of an image is 0: the mean colour.
+    What comes from outside of an image is 0: the mean colour. Raises `ValueError` for the
+    parameters of another number of images.
     """
+    if draw.kind == "none":
+        return images
+    rows, size = draw.rows(), images.shape[-1]
+    if len(rows) not in (1, len(images)):
+        raise ValueError(f"a draw for {len(rows)} images, and there are {len(images)}")
     match draw.kind:
-        case "none":
-            return images
         case "color":
-            return _color(images, *draw.values)
+            return _color(images, _on(images, rows))
         case "crop":
-            down, right = draw.values
-            return _window(images, (down, right, 1.0, 1.0))
+            return _window(images, np.hstack([rows, np.ones_like(rows)]))
         case "cutout":
-            return _cutout(images, *draw.values)
+            return _cutout(images, _on(images, rows * size))
         case "flip":
-            return images.flip(3) if draw.values[0] else images
+            return torch.where(_on(images, rows)[:, :, None, None] > 0, images.flip(3), images)
         case "scale":
-            height, width = draw.values
-            return _window(images, ((1 - height) / 2, (1 - width) / 2, height, width))
+            return _window(images, np.hstack([(1 - rows) / 2, rows]))
         case _:
-            return rotate(images, draw.values[0])
+            return rotate(images, rows[:, 0])
 
 
-def _color(images: Tensor, brightness: float, saturation: float, contrast: float) -> Tensor:
+def _on(images: Tensor, rows: np.ndarray) -> Tensor:
+    """Numbers [n, k] as float32 beside the images. Nobody waits for them."""
+    return torch.from_numpy(rows.astype(np.float32)).to(images.device, non_blocking=True)
+
+
+def _color(images: Tensor, rows: Tensor) -> Tensor:
+    brightness, saturation, contrast = rows[:, :, None, None, None].unbind(1)
     images = images + brightness
     grey = images.mean(1, keepdim=True)
     images = (images - grey) * saturation + grey
@@ -114,55 +138,69 @@ def _color(images: Tensor, brightness: float, saturation: float, contrast: float
     return (images - mean) * contrast + mean
 
 
-def _cutout(images: Tensor, down: float, right: float) -> Tensor:
+def _cutout(images: Tensor, middles: Tensor) -> Tensor:
+    """0 in a square about `middles` [n, 2], in pixels down and right."""
     size = images.shape[-1]
     half = round(CUTOUT * size) / 2
     at = torch.arange(size, device=images.device) + 0.5
-    rows, columns = ((at - middle * size).abs() < half for middle in (down, right))
-    return images * ~(rows[:, None] & columns[None, :])
+    rows, columns = ((at - middle[:, None]).abs() < half for middle in middles.unbind(1))
+    return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def _window(images: Tensor, window: tuple[float, float, float, float]) -> Tensor:
-    """What is seen through `window` (top, left, height, width), resized to the image's side."""
-    n, device = len(images), images.device
-    windows = torch.tensor([window], dtype=torch.float32, device=device).expand(n, -1)
-    mirrored = torch.zeros(n, dtype=torch.bool, device=device)
-    return augment.crop_resize(images, windows, mirrored, images.shape[-1])
+def _window(images: Tensor, windows: np.ndarray) -> Tensor:
+    """What is seen through `windows` [n, 4] (top, left, height, width), resized to the image's
+    side."""
+    mirrored = torch.zeros(len(windows), dtype=torch.bool, device=images.device)
+    return augment.crop_resize(images, _on(images, windows), mirrored, images.shape[-1])
 
 
-def rotate(images: Tensor, degrees: float) -> Tensor:
-    """`images` [n, 3, R, R] turned counter-clockwise about their middle, less than 90 degrees.
+def rotate(images: Tensor, degrees: float | np.ndarray) -> Tensor:
+    """`images` [n, 3, R, R] turned counter-clockwise about their middle, less than 90 degrees:
+    all by the same angle, or each by its own, [n].
 
     Three shears, along rows, columns and rows: R(θ) = X(−tan θ/2) · Y(sin θ) · X(−tan θ/2). Between
     the first and the last the image is wider, so that nothing is cut that comes back.
     """
-    size, angle = images.shape[-1], math.radians(degrees)
-    slope = math.tan(angle / 2)
-    border = math.ceil(abs(slope) * size / 2)
-    wide = size + 2 * border
-    device = images.device
-    along_rows = _shear(size, size, wide, -slope, device)
-    along_columns = _shear(wide, size, size, math.sin(angle), device)
-    back = _shear(size, wide, size, -slope, device)
-    with torch.autocast(device.type, enabled=False):
-        x = _each_row(images.float(), along_rows)
-        x = _each_row(x.transpose(2, 3), along_columns).transpose(2, 3)
-        return _each_row(x, back)
+    size, angles = images.shape[-1], np.radians(np.atleast_1d(degrees))
+    slopes = np.stack([-np.tan(angles / 2), np.sin(angles)], 1)
+    wide = size + 2 * math.ceil(np.abs(slopes[:, 0]).max() * size / 2)
+    along_rows, along_columns = _on(images, slopes).unbind(1)
+    x = _Shear.apply(images.float(), along_rows, wide)
+    x = _Shear.apply(x.transpose(2, 3), along_columns, size).transpose(2, 3)
+    return _Shear.apply(x, along_rows, size)
 
 
-def _shear(lines: int, source: int, target: int, slope: float, device: torch.device) -> Tensor:
-    """Matrices [lines, target, source] that move line y by −slope · y, y from the middle: linear
-    interpolation, 0 outside of the source."""
-    y = torch.arange(lines, device=device, dtype=torch.float32) - (lines - 1) / 2
-    to = torch.arange(target, device=device, dtype=torch.float32) - (target - 1) / 2
-    at = to[None, :] + slope * y[:, None] + (source - 1) / 2
-    pixels = torch.arange(source, device=device, dtype=torch.float32)
-    return (1 - (pixels - at[:, :, None]).abs()).clamp(min=0)
+class _Shear(torch.autograd.Function):
+    """Images [n, C, H, W] whose row y, from the middle, is read at slope · y further right: linear
+    interpolation, 0 outside → [n, C, H, `width`]. `slopes` [n], or [1] for all.
 
+    Transposed, a shift by s is the shift by −s: the gradient is a shear itself, and reads pixels
+    instead of adding to them.
+    """
 
-def _each_row(images: Tensor, matrices: Tensor) -> Tensor:
-    """Row h of images [n, C, H, W] times its own matrix of [H, V, W] → [n, C, H, V]."""
-    n, channels, height, width = images.shape
-    rows = images.permute(2, 0, 1, 3).reshape(height, n * channels, width)
-    moved = rows @ matrices.transpose(1, 2)
-    return moved.reshape(height, n, channels, -1).permute(1, 2, 0, 3)
+    @staticmethod
+    def forward(images: Tensor, slopes: Tensor, width: int) -> Tensor:
+        n, channels, height, source = images.shape
+        device = images.device
+        y = torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2
+        shift = slopes[:, None, None, None] * y[:, None]
+        whole = shift.floor()
+        share = shift - whole  # of the right one of two neighbours
+        to = torch.arange(width, device=device) + (source - width) // 2
+        at = whole.long() + to + 1  # in images with a border of 0
+        padded = F.pad(images, (1, 1))
+
+        def read(at: Tensor) -> Tensor:
+            return padded.gather(3, at.clamp(0, source + 1).expand(n, channels, -1, -1))
+
+        return read(at) * (1 - share) + read(at + 1) * share
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        images, slopes, _ = inputs
+        ctx.save_for_backward(slopes)
+        ctx.width = images.shape[-1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Any:  # ty: ignore[incompatible-method-override]
+        return _Shear.apply(grad, -ctx.saved_tensors[0], ctx.width), None, None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -74,3 +77,15 @@ class Flat:
 
     def _build(self) -> registry.Student:
         return registry.Student(registry.backbone(*self._made_of), self._num_classes)
+
+
+@contextmanager
+def in_float32() -> Generator[None]:
+    """Convolutions in float32 on every GPU, whatever runtime.precision: bytes do not depend on
+    it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

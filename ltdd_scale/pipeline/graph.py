@@ -98,7 +98,9 @@ def goals(nodes: dict[str, Node], targets: Iterable[str]) -> list[str]:
 
 
 def check_part(nodes: dict[str, Node], targets: Iterable[str], part: tuple[int, int]) -> None:
-    """Raise `UserError` for a target whose work cannot be done in parts."""
+    """Raise `UserError` for a target whose work cannot be done in parts, and for targets of which
+    one needs all of another."""
+    targets = list(targets)
     whole = [n for n in targets if nodes[n].stage.division not in (Division.CHUNKS, Division.UNITS)]
     if whole:
         able = [node.stage.job for node in nodes.values() if node.name not in whole]
@@ -106,6 +108,11 @@ def check_part(nodes: dict[str, Node], targets: Iterable[str], part: tuple[int, 
         raise UserError(
             f"--part {part[0]}/{part[1]}: {whole[0]} cannot be done in parts, only "
             f"{' and '.join(able)} can"
+        )
+    jobs = list(dict.fromkeys(nodes[n].stage.job for n in targets))
+    if len(jobs) > 1:
+        raise UserError(
+            f"--part {part[0]}/{part[1]}: of one job at a time, not of {' and '.join(jobs)}"
         )
 
 

@@ -48,8 +48,9 @@ def bring_up_to_date(
 ) -> None:
     """Do what is left of `targets` and of what they need. `folder` is the store.
 
-    Units are dealt to ranks; all other stages use all ranks. With `how.part` a target of chunks or
-    of units is left unfinished, with its share done.
+    Units of one group are dealt to ranks, group after group; all other stages use all ranks. With
+    `how.part` a target of chunks or of units is left unfinished, with its share done; what it needs
+    is done whole.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,19 +60,32 @@ def bring_up_to_date(
     pending = work.left()
     for name in [n for n in pending if nodes[n].stage.division is Division.CHUNKS]:
         work.check_ranks(nodes[name])
-    units = [n for n in pending if nodes[n].stage.division is Division.UNITS]
+    for names in batches(nodes, pending):
+        if nodes[names[0]].stage.division is Division.UNITS:
+            work.deal(names)
+        else:
+            work.together(nodes[names[0]])
+
+
+def batches(nodes: dict[str, Node], pending: list[str]) -> list[list[str]]:
+    """`pending` in what is done at a time, in order: the units of one group, or one other stage.
+
+    A group is done where its first unit stands. Units of a group do not need each other.
+    """
+    out: dict[str, list[str]] = {}
     for name in pending:
-        if name in units[:1]:
-            work.deal(units)
-        elif name not in units:
-            work.together(nodes[name])
+        stage = nodes[name].stage
+        # A group may have the name of a stage.
+        together = f"units {stage.job}" if stage.division is Division.UNITS else name
+        out.setdefault(together, []).append(name)
+    return list(out.values())
 
 
 @dataclass
 class _Work:
     nodes: dict[str, Node]
     store: Path
-    targets: list[str]
+    targets: list[str]  # nodes of one job, where only a part of them is asked for
     ranks: Ranks
     how: How
 
@@ -123,20 +137,23 @@ class _Work:
         self.say(f"{node.name}: done in {duration(time.monotonic() - begin)}")
 
     def deal(self, units: list[str]) -> None:
-        """Units, each on one rank, the costly ones first onto the least loaded rank."""
-        begin, part = time.monotonic(), self.how.part
+        """Units of one group, each on one rank, the costly ones first onto the least loaded
+        rank."""
+        begin, part, job = time.monotonic(), self.how.part, self.nodes[units[0]].stage.job
+        # A part's share is of all targets of the group, not of those left: parts that start at
+        # different times must agree on it.
+        asked = [n for n in self.targets if self.nodes[n].stage.job == job]
+        if part and not asked:
+            part = None  # it is needed first, so each part needs the whole of it
         share, shares = part or (0, 1)
-        # A part's share is of all units, not of those left: parts that start at different times
-        # must agree on it.
-        among = self.targets if part else units
+        among = asked if part else units
         facts = self.how.facts()
         efforts = np.asarray([self._effort(self.nodes[n], facts) for n in among])
         dealt = sampling.spread(efforts, shares * self.ranks.world_size)
         mine = [among[k] for k in dealt[share * self.ranks.world_size + self.ranks.rank]]
         mine = [n for n in mine if n in units]
-        what = self.nodes[units[0]].stage.job
         of = f"part {share} of {shares} of " if part else ""
-        self.say(f"{of}{len(among)} {what} …")
+        self.say(f"{of}{len(among)} {job} …")
         alone = Ranks(0, 1, self.ranks.device, self.ranks.autocast_dtype)
         for done, name in enumerate(mine, 1):
             facts_of = self.execute(self.nodes[name], alone, None)
@@ -149,7 +166,7 @@ class _Work:
                     flush=True,
                 )
         self.ranks.barrier()
-        self.say(f"{what}: done in {duration(time.monotonic() - begin)}")
+        self.say(f"{job}: done in {duration(time.monotonic() - begin)}")
 
     def _effort(self, node: Node, facts: Facts) -> float:
         return function(node.stage.cost)(node.settings, facts).flops if node.stage.cost else 1.0

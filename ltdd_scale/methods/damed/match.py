@@ -31,6 +31,7 @@ from ltdd_scale.methods.matching.real import open_real
 from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.methods.matching.segments import Draws, Matching, Synthetic, Weighted
 from ltdd_scale.methods.matching.unroll import Segment
+from ltdd_scale.models.flat import in_float32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.stage import Given
 
@@ -48,7 +49,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     classes = torch.arange(num_classes, device=ranks.device).repeat_interleave(settings.ipc)
     labels = F.one_hot(classes, num_classes).float()
     if own.learn_labels:
-        labels = initial_labels(ways, start, classes)
+        with in_float32():
+            labels = initial_labels(ways, start, classes)
     synthetic = Synthetic(start, labels, own, own.learn_labels, own.lr_labels)
     counts = ShardSplit(context.input("shard"), "train").counts
     pair = Pair(

@@ -26,7 +26,7 @@ from ltdd_scale.methods.gm.settings import Gm
 from ltdd_scale.methods.matching.real import Pixels, RealClass, RealSet, open_real
 from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.models.captured import Captured
-from ltdd_scale.models.flat import Flat
+from ltdd_scale.models.flat import Flat, in_float32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.stage import Given
@@ -100,12 +100,14 @@ def match(matching: Matching, images: Tensor, context: Context, saved: Saved) ->
         if step == 0:
             fresh = matching.flat.initial(matching.seed, "gm net", network)
             state.theta, state.apart = fresh.to(device), 0.0
-        collected = gradients(matching, state, t)
+        with in_float32():
+            collected = gradients(matching, state, t)
         apart = mean_distance(matching, state, collected, t, saved)
         descend(matching, state, collected)
         state.apart += apart
         if step < settings.outer_steps - 1:
-            state.theta = train(matching, state, t)
+            with in_float32():
+                state.theta = train(matching, state, t)
         else:
             mean = state.apart / settings.outer_steps
             state.history.append({"network": network, "distance": round(mean, 6)})
@@ -257,7 +259,9 @@ def _matching(settings: Given, context: Context, pixels: Pixels, real: RealSet) 
     gm, seen, ranks = settings.gm, settings.images, context.ranks
     num_classes = len(real.start)
     flat = Flat(gm.net, gm.width, gm.norm, seen.resolution, num_classes)
-    work = np.asarray(efforts(gm, settings.ipc, np.bincount(real.labels, minlength=num_classes)))
+    work = np.asarray(
+        efforts(gm, settings.ipc, np.bincount(real.labels, minlength=num_classes).tolist())
+    )
     moving = np.flatnonzero(work)
     if ranks.world_size > len(moving):
         context.say(

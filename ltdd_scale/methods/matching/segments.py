@@ -22,6 +22,7 @@ from ltdd_scale.methods.matching.real import Pixels, RealSet
 from ltdd_scale.methods.matching.saved import Saved, State
 from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Gradient, Segment, Unroll
+from ltdd_scale.models.flat import in_float32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
 
@@ -215,7 +216,9 @@ def run(matching: Matching, context: Context) -> None:
     progress = context.progress("match", settings.iterations, "iterations", begin, stops=False)
     for t in range(begin, settings.iterations):
         last = t + 1 == settings.iterations
-        if history.add(matching.iterate(t)) or last:
+        with in_float32():
+            distance = matching.iterate(t)
+        if history.add(distance) or last:
             history.close(t + 1, float(synthetic.log_rate.exp()))
             context.log(history.entries)
         progress.update(t + 1, history.note)

@@ -1,0 +1,1 @@
+"""Experts whose way through the space of weights is kept: what matching of trajectories follows."""
