@@ -74,11 +74,13 @@ def matching(
         begin, end = WAYS[drawn.expert], ENDS[drawn.expert]
         factor = math.nan if (t, j) == bad else 1.0
 
-        def loss(theta, x, y, _):
-            logits = FLAT.logits(theta, x)
-            return factor * -(F.softmax(y, 1) * F.log_softmax(logits, 1)).sum(1).mean()
+        def logits(theta, x, _):
+            return FLAT.logits(theta, x)
 
-        how = (drawn.batches, drawn.augment, loss, begin[:0])
+        def loss(z, y):
+            return factor * -(F.softmax(y, 1) * F.log_softmax(z, 1)).sum(1).mean()
+
+        how = (drawn.batches, drawn.augment, logits, loss, begin[:0])
         name = f"expert {drawn.expert} from snapshot {drawn.start}"
         return [Weighted(0.5, Segment(name, begin, end, slice(0, FLAT.size), *how))]
 

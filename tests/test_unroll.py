@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ltdd_scale.methods.matching import unroll
 from ltdd_scale.methods.matching.unroll import Segment, Unroll
 from ltdd_scale.models.flat import Flat
 
@@ -31,19 +32,18 @@ def problem(double: bool = True, compared: slice | None = None, head: bool = Fal
     batches = torch.stack([torch.randperm(IMAGES)[:5] for _ in range(N)])
     mask = torch.rand(N, 1, 1, SIZE, SIZE, dtype=dtype)  # an augmentation of each step's own
 
-    def loss(theta, x, y, fixed):
-        if head:
-            logits = flat.classify(theta, flat.features(fixed, x))
-        else:
-            logits = flat.logits(theta, x)
-        return -(weights * F.softmax(y, 1) * F.log_softmax(logits, 1)).sum(1).mean()
+    def logits(theta, x, fixed):
+        return flat.classify(theta, flat.features(fixed, x)) if head else flat.logits(theta, x)
+
+    def loss(z, y):
+        return -(weights * F.softmax(y, 1) * F.log_softmax(z, 1)).sum(1).mean()
 
     start = whole[flat.head] if head else whole
     target = start + 0.02 * torch.randn(len(start), dtype=dtype)
     part = compared or slice(0, len(start))
     fixed = whole if head else whole[:0]
     augment = lambda step, x: x * mask[step]  # noqa: E731
-    segment = Segment("tiny", start, target, part, batches, augment, loss, fixed)
+    segment = Segment("tiny", start, target, part, batches, augment, logits, loss, fixed)
     return segment, images, labels, torch.tensor(0.05, dtype=dtype), flat
 
 
@@ -54,7 +54,7 @@ def through_all_steps(segment, images, labels, rate):
     theta = segment.start.clone().requires_grad_()
     for step, chosen in enumerate(segment.batches):
         x = segment.augment(step, images[chosen])
-        loss = segment.loss(theta, x, labels[chosen], segment.fixed)
+        loss = segment.loss(segment.logits(theta, x, segment.fixed), labels[chosen])
         (g,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - log_rate.exp() * g
     loss = segment.distance(theta)
@@ -63,7 +63,10 @@ def through_all_steps(segment, images, labels, rate):
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("double", [True, False])
-def test_the_gradient_is_that_of_the_whole_unroll(double, head):
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_the_gradient_is_that_of_the_whole_unroll(monkeypatch, double, head, forward):
+    monkeypatch.setattr(unroll, "FORWARD", forward)
     segment, images, labels, rate, _ = problem(double, head=head)
     ours = Unroll(learn_labels=True).gradient(segment, images, labels, rate)
     loss, by_image, by_label, by_rate = through_all_steps(segment, images, labels, rate)

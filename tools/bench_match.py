@@ -27,10 +27,13 @@ def a_segment(flat: Flat, images: Tensor, steps: int, batch: int) -> Segment:
     start = flat.initial("bench").to(images.device)
     target = start + 0.01 * torch.randn_like(start)
 
-    def loss(theta: Tensor, x: Tensor, y: Tensor, _: Tensor) -> Tensor:
-        return -(y * F.log_softmax(flat.logits(theta, x), 1)).sum(1).mean()
+    def logits(theta: Tensor, x: Tensor, _: Tensor) -> Tensor:
+        return flat.logits(theta, x)
 
-    how = (slice(0, flat.size), drawn.batches, drawn.augment, loss, start[:0])
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return -(y * F.log_softmax(z, 1)).sum(1).mean()
+
+    how = (slice(0, flat.size), drawn.batches, drawn.augment, logits, loss, start[:0])
     return Segment("bench", start, target, *how)
 
 
@@ -40,7 +43,7 @@ def whole_unroll(segment: Segment, images: Tensor, labels: Tensor, rate: Tensor)
     log_rate = rate.log().requires_grad_()
     for step, chosen in enumerate(segment.batches):
         seen = segment.augment(step, x[chosen])
-        loss = segment.loss(theta, seen, labels[chosen], segment.fixed)
+        loss = segment.loss(segment.logits(theta, seen, segment.fixed), labels[chosen])
         (grad,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - log_rate.exp() * grad
     torch.autograd.grad(segment.distance(theta), (x, log_rate))

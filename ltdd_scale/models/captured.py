@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Captured:
 
     On a GPU its kernels are captured once for each shape of its inputs, and replayed from then on:
     small networks spend most of their time on launches. `function` must be pure, must not wait for
-    the GPU, and draws no random numbers. It may differentiate inside. Results are copies.
+    the GPU, and draws no random numbers. It may differentiate inside. Results are copies. Whoever
+    holds this must not be held by `function`: a graph keeps memory until it is let go.
     """
 
     def __init__(self, function: Function):
@@ -33,17 +35,23 @@ class Captured:
         return self._graphs[key](*inputs)
 
 
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all warm-ups: libraries keep a workspace for each stream that they saw."""
+    return torch.cuda.Stream(device)
+
+
 class _Graph:
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]):
         self.inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
-        aside = torch.cuda.Stream()
+        aside = _aside(inputs[0].device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=aside):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from ltdd_scale.experts.trajectories.kept import Form, Snapshots
 from ltdd_scale.experts.trajectories.orders import Order
 from ltdd_scale.experts.trajectories.settings import Descent
 from ltdd_scale.models.captured import Captured
-from ltdd_scale.models.flat import in_float32
+from ltdd_scale.models.flat import in_tf32
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.context import Context
@@ -126,6 +126,17 @@ def advance(
     return weights - settings.lr * gradient, velocity
 
 
+def one_step(settings: Descent, loss: Loss) -> Captured:
+    """(weights [P], velocity [P], what is seen, labels) → (weights, velocity, loss)."""
+
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        weights, velocity, seen, y = given
+        value, gradient = direction(settings, weights, lambda at: loss(at, seen, y))
+        return *advance(settings, weights, velocity, gradient), value
+
+    return Captured(step)
+
+
 class _Way:
     """What a descent carries from step to step, and into its checkpoints: the weights, the
     optimizer's velocity, the sum of losses since the last entry of the history."""
@@ -135,7 +146,7 @@ class _Way:
         self.velocity = torch.zeros_like(self.weights if course.settings.momentum else weights[:0])
         self.total = torch.zeros((), device=weights.device)
         self.history: list[dict[str, Any]] = []
-        self._one_step = Captured(self._step)
+        self._one_step = one_step(course.settings, course.loss)
 
     def state(self) -> dict[str, Any]:
         tensors = {n: getattr(self, n) for n in ("weights", "velocity", "total")}
@@ -151,13 +162,6 @@ class _Way:
         self.weights, self.velocity, value = self._one_step(self.weights, self.velocity, seen, y)
         self.course.limit(self.weights)
         self.total += value
-
-    def _step(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """(weights, velocity, what is seen, labels) → (weights, velocity, loss)."""
-        weights, velocity, seen, y = given
-        settings, loss = self.course.settings, self.course.loss
-        value, gradient = direction(settings, weights, lambda at: loss(at, seen, y))
-        return *advance(settings, weights, velocity, gradient), value
 
     def note(self, done: int) -> None:
         """An entry of the history: the mean loss since the one before."""
@@ -188,7 +192,7 @@ def descend(course: Course, start: Tensor, context: Context) -> tuple[Tensor, li
     """
     settings, form, checkpoints = course.settings, course.form, context.checkpoints()
     way, log_every = _Way(course, start), -(-settings.steps // LINES)
-    with Snapshots(context.out, form) as kept, in_float32():
+    with Snapshots(context.out, form) as kept, in_tf32():
         begin = _resume(way, kept, checkpoints, context)
         progress = context.progress(course.name, settings.steps, "steps", begin, stops=False)
         for done, (x, y) in enumerate(course.batches.steps(begin, settings.steps), begin + 1):
@@ -232,7 +236,7 @@ def accuracy(
     chosen = np.linspace(0, len(images.labels) - 1, number).astype(np.int64)
     plans = [(part, None) for part in np.split(chosen, range(256, number, 256))]
     right = []
-    with in_float32():
+    with in_tf32():
         for x in images.stream(plans, ViewSpec(batches.size)):
             right.append(logits(batches.normalize(x)).argmax(1).cpu().numpy())
     labels = images.labels[chosen]

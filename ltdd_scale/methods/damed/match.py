@@ -31,7 +31,7 @@ from ltdd_scale.methods.matching.real import open_real
 from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.methods.matching.segments import Draws, Matching, Synthetic, Weighted
 from ltdd_scale.methods.matching.unroll import Segment
-from ltdd_scale.models.flat import in_float32
+from ltdd_scale.models.flat import in_tf32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.stage import Given
 
@@ -49,7 +49,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     classes = torch.arange(num_classes, device=ranks.device).repeat_interleave(settings.ipc)
     labels = F.one_hot(classes, num_classes).float()
     if own.learn_labels:
-        with in_float32():
+        with in_tf32():
             labels = initial_labels(ways, start, classes)
     synthetic = Synthetic(start, labels, own, own.learn_labels, own.lr_labels)
     counts = ShardSplit(context.input("shard"), "train").counts
@@ -137,7 +137,14 @@ class Pair:
 
         name = f"expert {drawn.expert} from snapshot {drawn.start}"
         compared = flat.backbone if own.decoupling else slice(0, flat.size)
-        how = (compared, drawn.batches, drawn.augment, self.network_loss, begin[:0])
+        how = (
+            compared,
+            drawn.batches,
+            drawn.augment,
+            self.network_logits,
+            self.weighted_loss,
+            begin[:0],
+        )
         return Segment(name, begin, end, *how)
 
     def classifier(self, t: int, j: int) -> Segment:
@@ -147,17 +154,23 @@ class Pair:
         finished, head = self.ways.ways[drawn.expert].last(device), self.ways.heads[drawn.expert]
         begin, end = head.vector(0, device), head.vector(own.classifier_target, device)
         name, whole = f"classifier of expert {drawn.expert}", slice(0, len(begin))
-        how = (whole, drawn.batches, drawn.augment, self.classifier_loss, finished)
+        how = (whole, drawn.batches, drawn.augment, self.head_logits, self.plain_loss, finished)
         return Segment(name, begin, end, *how)
 
-    def network_loss(self, theta: Tensor, x: Tensor, y: Tensor, _: Tensor) -> Tensor:
-        """ℓ_w of all weights `theta`."""
-        return self._cross_entropy(self.ways.flat.logits(theta, x), y, self.weights)
+    def network_logits(self, theta: Tensor, x: Tensor, _: Tensor) -> Tensor:
+        """Of all weights `theta`."""
+        return self.ways.flat.logits(theta, x)
 
-    def classifier_loss(self, head: Tensor, x: Tensor, y: Tensor, finished: Tensor) -> Tensor:
-        """The plain loss of a `head` on the backbone of an expert that is `finished`."""
-        features = self.ways.flat.features(finished, x)
-        return self._cross_entropy(self.ways.flat.classify(head, features), y, None)
+    def head_logits(self, head: Tensor, x: Tensor, finished: Tensor) -> Tensor:
+        """Of a `head` on the backbone of an expert that is `finished`."""
+        return self.ways.flat.classify(head, self.ways.flat.features(finished, x))
+
+    def weighted_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """ℓ_w."""
+        return (self._by_class(logits, y) * self.weights).sum(1).mean()
+
+    def plain_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self._by_class(logits, y).sum(1).mean()
 
     def _draw(self, purpose: str, t: int, j: int, starts: tuple[int, int], steps: int) -> Draws:
         own, count = self.own, len(self.images)
@@ -165,7 +178,7 @@ class Pair:
         key = (self.seed, purpose, t, j)
         return segments.draw(key, len(self.ways), starts, sizes, self.strategy, self.images)
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    def _by_class(self, logits: Tensor, y: Tensor) -> Tensor:
+        """−y_k log p_k, [b, C]."""
         targets = F.softmax(y, 1) if self.own.learn_labels else y
-        losses = -targets * F.log_softmax(logits, 1)
-        return (losses if weights is None else losses * weights).sum(1).mean()
+        return -targets * F.log_softmax(logits, 1)

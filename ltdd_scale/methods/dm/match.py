@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def match_chunk(
     save; `resume` is such a state.
     """
     settings, begin = matching.settings, 0
-    images = [matching.pixels.normalized(c.pixels[torch.from_numpy(c.start)]) for c in classes]
+    images = [matching.pixels.normalized(_seen(c, c.start)) for c in classes]
     if resume is not None:
         begin = resume["iteration"]
         images = [x.to(matching.pixels.device).clone() for x in resume["images"]]
@@ -116,13 +117,16 @@ def class_loss(
     draw: siamese.Draw,
 ) -> Tensor:
     """The term of one class in one iteration, a scalar that knows the gradient of `images`."""
-    which = torch.from_numpy(
-        real.batch(matching.settings.real_batch, matching.seed, "dm real", iteration)
-    )
+    which = real.batch(matching.settings.real_batch, matching.seed, "dm real", iteration)
     with torch.no_grad():
-        shown = matching.pixels.normalized(real.pixels[which])
+        shown = matching.pixels.normalized(_seen(real, which))
         goal = mean_features(net, shown, draw, matching.ranks)
     return distance(goal, mean_features(net, images, draw, matching.ranks))
+
+
+def _seen(real: RealClass, which: np.ndarray) -> Tensor:
+    """Real images `which` int64 [n]. Nobody waits for the indices."""
+    return real.pixels[torch.from_numpy(which).to(real.pixels.device, non_blocking=True)]
 
 
 def open_set(settings: Given, context: Context) -> tuple[Matching, RealSet]:

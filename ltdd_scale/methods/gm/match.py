@@ -26,7 +26,7 @@ from ltdd_scale.methods.gm.settings import Gm
 from ltdd_scale.methods.matching.real import Pixels, RealClass, RealSet, open_real
 from ltdd_scale.methods.matching.saved import Saved
 from ltdd_scale.models.captured import Captured
-from ltdd_scale.models.flat import Flat, in_float32
+from ltdd_scale.models.flat import Flat, in_tf32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.stage import Given
@@ -99,14 +99,14 @@ def match(matching: Matching, images: Tensor, context: Context, saved: Saved) ->
         network, step = divmod(t, settings.outer_steps)
         if step == 0:
             fresh = matching.flat.initial(matching.seed, "gm net", network)
-            state.theta, state.apart = fresh.to(device), 0.0
-        with in_float32():
+            state.theta, state.apart = fresh.to(device, non_blocking=True), 0.0
+        with in_tf32():
             collected = gradients(matching, state, t)
         apart = mean_distance(matching, state, collected, t, saved)
         descend(matching, state, collected)
         state.apart += apart
         if step < settings.outer_steps - 1:
-            with in_float32():
+            with in_tf32():
                 state.theta = train(matching, state, t)
         else:
             mean = state.apart / settings.outer_steps
@@ -131,7 +131,8 @@ def gradients(matching: Matching, state: State, t: int) -> Tensor:
     theta = state.theta.detach().requires_grad_()
     # Which real images: all classes' in one transfer.
     drawn = [c.batch(settings.real_batch, matching.seed, "gm real", t) for c in classes]
-    at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *drawn])).to(device)
+    at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *drawn]))
+    at = at.to(device, non_blocking=True)
     for real, chosen in zip(classes, at.split([len(d) for d in drawn]), strict=True):
         c = real.label
         draw = siamese.draw(rng(matching.seed, "gm dsa", c, t), matching.strategy, matching.size)
@@ -231,7 +232,7 @@ def _batches(matching: Matching, n: int, t: int, epoch: int) -> Sequence[Tensor 
     if n <= most:
         return [None]
     order = rng(matching.seed, "gm order", t, epoch).permutation(n)
-    return torch.from_numpy(order).to(matching.ranks.device).split(most)
+    return torch.from_numpy(order).to(matching.ranks.device, non_blocking=True).split(most)
 
 
 def _sound(matching: Matching, state: State, t: int, saved: Saved) -> dict[str, Any]:

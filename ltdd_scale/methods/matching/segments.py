@@ -22,7 +22,7 @@ from ltdd_scale.methods.matching.real import Pixels, RealSet
 from ltdd_scale.methods.matching.saved import Saved, State
 from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Gradient, Segment, Unroll
-from ltdd_scale.models.flat import in_float32
+from ltdd_scale.models.flat import in_tf32
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
 
@@ -216,7 +216,7 @@ def run(matching: Matching, context: Context) -> None:
     progress = context.progress("match", settings.iterations, "iterations", begin, stops=False)
     for t in range(begin, settings.iterations):
         last = t + 1 == settings.iterations
-        with in_float32():
+        with in_tf32():
             distance = matching.iterate(t)
         if history.add(distance) or last:
             history.close(t + 1, float(synthetic.log_rate.exp()))

@@ -20,12 +20,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ltdd_scale.models.captured import Captured
 
-# ℓ(θ, x, y, fixed): weights [P], augmented images [b, 3, R, R], labels [b, C], `Segment.fixed` →
-# scalar.
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+FORWARD = False  # how ∇θ ℓ · v is made: by forward mode, or by a gradient of the gradient
+
+# Weights [P], augmented images [b, 3, R, R], `Segment.fixed` → logits [b, C].
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Logits [b, C], labels [b, C] → ℓ, a scalar.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Segment:
 
     `start`, `target`: the weights that are trained, float [P]; `compared`: the part of them that L
     looks at. `batches`: int64 [N, b] on the device, which images each step sees, each once.
-    `augment(i, x)` changes the images of step i, the same way at each call. `loss` is ℓ, one object
-    for all segments of a kind; `fixed` is a tensor that it needs beside (weights that are not
-    trained). `name` is for messages.
+    `augment(i, x)` changes the images of step i, the same way at each call. `logits` and `loss` are
+    the network and ℓ, the same objects for all segments of a kind; `fixed` is a tensor that the
+    network needs beside (weights that are not trained). `name` is for messages.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Segment:
     compared: slice
     batches: Tensor
     augment: Callable[[int, Tensor], Tensor]
+    logits: Network
     loss: Loss
     fixed: Tensor
 
@@ -66,6 +71,21 @@ class Gradient:
     log_rate: Tensor
 
 
+def along(logits: Network, loss: Loss, given: tuple[Tensor, ...], v: Tensor) -> Tensor:
+    """∇θ ℓ · v, a scalar that knows its gradients by the first three of `given`, which are weights,
+    images, labels, fixed."""
+    weights, x, y, fixed = given
+    if not FORWARD:
+        value = loss(logits(weights, x, fixed), y)
+        (g,) = torch.autograd.grad(value, weights, create_graph=True)
+        return g @ v
+    # The derivative of the logits along v comes with the logits: no kernel is differentiated twice.
+    with forward_ad.dual_level():
+        z, moved = forward_ad.unpack_dual(logits(forward_ad.make_dual(weights, v), x, fixed))
+    (g,) = torch.autograd.grad(loss(z, y), z, create_graph=True)
+    return (g * moved).sum()
+
+
 class Unroll:
     """Students and their gradients. `learn_labels`: by the labels too. `exact`: see above.
 
@@ -75,14 +95,14 @@ class Unroll:
 
     def __init__(self, learn_labels: bool = False, exact: bool = True):
         self.learn_labels, self.exact = learn_labels, exact
-        self._captured: dict[Loss, tuple[Captured, Captured]] = {}
+        self._captured: dict[tuple[Network, Loss], tuple[Captured, Captured]] = {}
 
     def student(
         self, segment: Segment, images: Tensor, labels: Tensor, rate: Tensor
     ) -> list[Tensor]:
         """θ_0 … θ_N of a student that is trained on `images` [n, 3, R, R] with `labels` [n, C], at
         the rate β."""
-        step, _ = self._steps(segment.loss)
+        step, _ = self._steps(segment.logits, segment.loss)
         theta = [segment.start]
         for i, chosen in enumerate(segment.batches):
             x = segment.augment(i, images[chosen])
@@ -96,7 +116,7 @@ class Unroll:
         last = theta.pop().detach().requires_grad_()
         loss = segment.distance(last)
         (v,) = torch.autograd.grad(loss, last)
-        _, back = self._steps(segment.loss)
+        _, back = self._steps(segment.logits, segment.loss)
         by_image, by_rate = torch.zeros_like(images), torch.zeros_like(rate)
         by_label = torch.zeros_like(labels)
         for i in range(len(theta) - 1, -1, -1):
@@ -116,31 +136,31 @@ class Unroll:
         learned = by_label if self.learn_labels else None
         return Gradient(loss.detach(), by_image, learned, rate * by_rate)
 
-    def _steps(self, loss: Loss) -> tuple[Captured, Captured]:
+    def _steps(self, logits: Network, loss: Loss) -> tuple[Captured, Captured]:
         """One step of a student, (θ, x, y, fixed, β) → (next θ,); and the way back over it,
         (θ, x, y, fixed, v) → (g·v, its gradients by x, y and θ)."""
-        if loss in self._captured:
-            return self._captured[loss]
+        key = logits, loss
+        if key in self._captured:
+            return self._captured[key]
+        learn_labels, exact = self.learn_labels, self.exact  # not self: see `Captured`
 
         def step(*given: Tensor) -> tuple[Tensor, ...]:
             theta, x, y, fixed, rate = given
             weights = theta.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(loss(weights, x, y, fixed), weights)
+            (grad,) = torch.autograd.grad(loss(logits(weights, x, fixed), y), weights)
             return (theta - rate * grad,)
 
         def back(*given: Tensor) -> tuple[Tensor, ...]:
             theta, x, y, fixed, v = (value.detach() for value in given)
             weights, x = theta.requires_grad_(), x.requires_grad_()
-            y = y.requires_grad_(self.learn_labels)
-            value = loss(weights, x, y, fixed)
-            (g,) = torch.autograd.grad(value, weights, create_graph=True)
-            product = g @ v
-            wanted = [x, *([y] if self.learn_labels else []), *([weights] if self.exact else [])]
+            y = y.requires_grad_(learn_labels)
+            product = along(logits, loss, (weights, x, y, fixed), v)
+            wanted = [x, *([y] if learn_labels else []), *([weights] if exact else [])]
             found = list(torch.autograd.grad(product, wanted))
             by_x = found.pop(0)
-            by_y = found.pop(0) if self.learn_labels else y.new_zeros(())
-            by_theta = found.pop() if self.exact else v.new_zeros(())
+            by_y = found.pop(0) if learn_labels else y.new_zeros(())
+            by_theta = found.pop() if exact else v.new_zeros(())
             return product.detach(), by_x, by_y, by_theta
 
-        self._captured[loss] = Captured(step), Captured(back)
-        return self._captured[loss]
+        self._captured[key] = Captured(step), Captured(back)
+        return self._captured[key]

@@ -62,9 +62,12 @@ class Pick:
         begin, end = self.ways.way(drawn.expert, drawn.start, drawn.start + own.target, device)
         name = f"expert {drawn.expert} from snapshot {drawn.start}"
         whole, nothing = slice(0, len(begin)), begin[:0]
-        how = (whole, drawn.batches, drawn.augment, self.loss, nothing)
+        how = (whole, drawn.batches, drawn.augment, self.logits, self.loss, nothing)
         return [Weighted(1.0, Segment(name, begin, end, *how))]
 
-    def loss(self, theta: Tensor, x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    def logits(self, theta: Tensor, x: Tensor, _: Tensor) -> Tensor:
+        return self.ways.flat.logits(theta, x)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The cross-entropy with classes [b, C]."""
-        return -(y * F.log_softmax(self.ways.flat.logits(theta, x), 1)).sum(1).mean()
+        return -(y * F.log_softmax(logits, 1)).sum(1).mean()

@@ -122,6 +122,10 @@ def alignment_targets(
     Only the classes of `labels` are read, so memory does not grow with the number of classes.
     Without fair `statistics` the observer's own are the only target.
     """
+
+    def sent(values: Tensor) -> Tensor:
+        return values.float().to(device, non_blocking=True)
+
     targets: Targets = {}
     for name in layers:
         if statistics["fair"]:
@@ -133,7 +137,5 @@ def alignment_targets(
             ]
         else:
             pairs = [(1.0, *statistics["running"][name])]
-        targets[name] = [
-            (w, m.float().to(device), v.float().to(device)) for w, m, v in pairs if w > 0
-        ]
+        targets[name] = [(w, sent(m), sent(v)) for w, m, v in pairs if w > 0]
     return targets

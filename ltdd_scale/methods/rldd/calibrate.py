@@ -52,25 +52,33 @@ class ClassMoments:
     Use as a context manager around forward passes; set `labels` (int64 [n]) before each. Vectorised
     over the batch: one reduction over positions a layer, then a product with the one-hot labels,
     whose order of addition is fixed on a GPU too. With `stop` a forward pass by `see` ends when
-    every layer has had its input.
+    every layer has had its input. The layers are on `device`.
     """
 
-    def __init__(self, layers: Layers, num_classes: int, stop: bool = False):
-        self.layers, self.num_classes, self.stop = layers, num_classes, stop
+    def __init__(
+        self,
+        layers: Layers,
+        num_classes: int,
+        stop: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.layers, self.num_classes, self.stop, self.device = layers, num_classes, stop, device
         self.moments: dict[str, Tensor] = {}  # [K, 1 + 2 · channels]: count, sums, squares
         self._handles: list[Any] = []
         self._seen = 0
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> np.ndarray:
         return self._labels
 
     @labels.setter
-    def labels(self, labels: Tensor) -> None:
+    def labels(self, labels: np.ndarray) -> None:
         self._labels = labels
-        # Once a batch, not once a layer: it waits for the device.
-        self._classes, local = torch.unique(labels, return_inverse=True)
-        self._onehot = nn.functional.one_hot(local, len(self._classes)).double().T
+        # Found on the CPU, and sent once a batch, not once a layer: nobody waits for the device.
+        classes, local = np.unique(labels, return_inverse=True)
+        self._classes = torch.from_numpy(classes).to(self.device, non_blocking=True)
+        places = torch.from_numpy(local).to(self.device, non_blocking=True)
+        self._onehot = nn.functional.one_hot(places, len(classes)).double().T
 
     def _hook(self, name: str):
         def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -137,18 +145,18 @@ class Measurement:
         order = np.argsort(images.labels, kind="stable")
         plans = self._plans(order)
         progress = self.context.progress(title, len(plans), "batches")
-        found = ClassMoments(layers, len(images.counts), stop)
+        found = ClassMoments(layers, len(images.counts), stop, ranks.device)
         with torch.inference_mode(), found:
             # The layers' shapes are known after a forward pass; a rank without units must hold
             # zeros of the same shapes.
-            found.labels = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+            found.labels = np.zeros(1, np.int64)
             first = next(iter(images.stream([(order[:1], None)], self.spec)))
             found.see(self.model, self.normalize(first), ranks)
             for total in found.moments.values():
                 total.zero_()
             batches = images.stream(plans, self.spec)
             for k, ((indices, _), x) in enumerate(zip(plans, batches, strict=True)):
-                found.labels = torch.from_numpy(images.labels[indices]).to(ranks.device)
+                found.labels = images.labels[indices]
                 found.see(self.model, self.normalize(x), ranks)
                 progress.update(k + 1)
             return {name: ranks.all_reduce(found.moments[name].contiguous()) for name in layers}

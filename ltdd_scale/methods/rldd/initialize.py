@@ -72,8 +72,8 @@ def score(crops: Crops, label: int, indices: np.ndarray, views: Views) -> np.nda
     for x in crops.images.stream(plans, crops.spec):
         logits = teacher.logits(crops.normalize(x))
         target = torch.full((len(x),), label, device=logits.device)
-        scores.append(-F.cross_entropy(logits, target, reduction="none").cpu().numpy())
-    return np.concatenate(scores)
+        scores.append(-F.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(scores).cpu().numpy()
 
 
 def confident(crops: Crops, label: int, members: np.ndarray) -> tuple[np.ndarray, Rows]:

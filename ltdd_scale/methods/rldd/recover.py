@@ -158,7 +158,7 @@ def resized(images: Tensor, side: int) -> Tensor:
     if images.shape[-1] == side:
         return images
     n, device = len(images), images.device
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(n, -1)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).to(device, non_blocking=True).expand(n, -1)
     return augment.crop_resize(images, whole, torch.zeros(n, dtype=torch.bool, device=device), side)
 
 
@@ -179,15 +179,19 @@ class Material:
     def batch(self, chunk: Chunk, pixels: np.ndarray) -> Batch:
         """`pixels`: the chunk's initial images, uint8 [n, 3, R, R]."""
         device, sizes = self.mean.device, np.full((len(pixels), 2), self.spec.resolution)
+
+        def sent(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
         drawn = [
             self.spec.draw(rng(self.seed, "recover", chunk.number, t), sizes)
             for t in range(self.objective.settings.iterations)
         ]
         return Batch(
-            (torch.from_numpy(pixels).to(device).float() / 255 - self.mean) / self.std,
-            torch.from_numpy(chunk.labels).to(device),
-            torch.from_numpy(np.stack([d.windows for d in drawn])).to(device),
-            torch.from_numpy(np.stack([d.mirrored for d in drawn])).to(device),
+            (sent(pixels).float() / 255 - self.mean) / self.std,
+            sent(chunk.labels),
+            sent(np.stack([d.windows for d in drawn])),
+            sent(np.stack([d.mirrored for d in drawn])),
         )
 
     def alignment(self, chunk: Chunk) -> Alignment:
