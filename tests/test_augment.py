@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,41 @@ def test_every_operation_gives_images(op):
     assert torch.allclose(y, x, atol=1e-5) == (op == 0)
     alone = augment.apply(x[1:2], views[1:2], ViewSpec(16, randaugment=1))
     assert torch.allclose(alone[0], y[1], atol=1e-5), "a view does not depend on its batch"
+
+
+@pytest.mark.parametrize("size", [2, 8, 33])
+@pytest.mark.parametrize("sign", [False, True])
+def test_what_is_made_without_torchvision_is_torchvisions_to_the_bit(size, sign):
+    """Moves by the pixels' numbers, and sharpness with a kernel of its own."""
+    x, s = torch.rand(5, 3, size, size), -1.0 if sign else 1.0
+    angle = s * float(np.degrees(np.arctan(0.3 * 0.3)))
+    shift = int(s * 0.3 * 150 / 331 * size)
+    affine = partial(v2.functional.affine, x, 0.0, scale=1.0)
+    shear = partial(affine, translate=[0, 0], center=[0.0, 0.0])
+    theirs = {
+        1: shear(shear=[angle, 0.0]),
+        2: shear(shear=[0.0, angle]),
+        3: affine(translate=[shift, 0], shear=[0.0, 0.0]),
+        4: affine(translate=[0, shift], shear=[0.0, 0.0]),
+        5: v2.functional.rotate(x, s * 9),
+        9: v2.functional.adjust_sharpness(x, 1 + s * 0.9 * 0.3),
+    }
+    for op, expected in theirs.items():
+        assert torch.equal(augment._apply_op(x, op, sign, 9), expected)
+        assert size == 2 or not torch.equal(expected, x)
+
+
+def test_operations_of_a_batch_are_those_of_its_images():
+    """Whatever stands beside an image, and in whatever order."""
+    x, spec = torch.rand(30, 3, 8, 8), ViewSpec(8, randaugment=3)
+    views = spec.draw(rng(0), np.full((30, 2), 8))
+    together = augment.apply_ops(x, views, spec)
+    for i in range(30):
+        alone = x[i : i + 1]
+        for op, sign in zip(views.ops[i], views.signs[i], strict=True):
+            alone = augment._apply_op(alone, int(op), bool(sign), 9)
+            alone = alone.clamp(0, 1) if op else alone
+        assert torch.allclose(together[i], alone[0], atol=1e-6)
 
 
 @given(st.integers(1, 40), st.integers(4, 64), st.integers(0, 100))

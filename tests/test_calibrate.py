@@ -45,7 +45,7 @@ def test_the_recursion_of_any_batching_and_order_is_sum_over_count(data):
     with calibrate.ClassMoments({"layer": layer}, 2) as found:
         parts = [p for p in np.split(order, cuts) if len(p)]
         for part in parts:
-            found.labels = labels[part]
+            found.labels = labels[part].numpy()
             layer(x[part])
     moments = found.moments["layer"]
     for c in range(2):

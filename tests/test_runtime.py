@@ -11,6 +11,7 @@ from conftest import ROOT
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import files, ranks, tensors
 from ltdd_scale.runtime.checkpoint import Checkpoints
+from ltdd_scale.runtime.late import Late
 from ltdd_scale.runtime.progress import duration
 
 
@@ -112,6 +113,16 @@ def test_durations():
         "59:59 min",
         "1:01 h",
     ]
+
+
+def test_a_late_value_is_that_of_the_moment_it_was_noted():
+    x = torch.tensor([1.5, float("inf")], requires_grad=True)
+    late, number = Late(x * 2), Late(x.detach()[0])
+    with torch.no_grad():
+        x.zero_()
+    assert late.known and late.read().tolist() == [3.0, float("inf")]
+    assert not late.read().requires_grad and float(number.read()) == 1.5
+    assert late.read().tolist() == [3.0, float("inf")], "as often as it is asked for"
 
 
 def test_reading_what_is_not_there(tmp_path):

@@ -4,9 +4,11 @@ differentiable, deterministic)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 NUM_OPS = 14  # of RandAugment, as torchvision lists them
 
@@ -140,33 +142,18 @@ def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torc
     from torchvision.transforms.v2 import functional as tvf
 
     m, s = magnitude / 30, -1.0 if sign else 1.0
-    size = images.shape[-1]
-
-    def affine(translate: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)):
-        corner = [0.0, 0.0] if any(shear) else None
-        return tvf.affine(images, 0.0, list(translate), 1.0, list(shear), center=corner)
-
     match op:
         case 0:
             return images
-        case 1:
-            return affine(shear=(s * np.degrees(np.arctan(0.3 * m)), 0.0))
-        case 2:
-            return affine(shear=(0.0, s * np.degrees(np.arctan(0.3 * m))))
-        case 3:
-            return affine(translate=(int(s * m * 150 / 331 * size), 0))
-        case 4:
-            return affine(translate=(0, int(s * m * 150 / 331 * size)))
-        case 5:
-            return tvf.rotate(images, s * 30 * m)
-        case 6 | 7 | 8 | 9:
-            adjust = (
-                tvf.adjust_brightness,
-                tvf.adjust_saturation,
-                tvf.adjust_contrast,
-                tvf.adjust_sharpness,
-            )[op - 6]
+        case 1 | 2 | 3 | 4 | 5:
+            at, inside = _pixels_of(op, sign, magnitude, images.shape[3], images.device)
+            flat = images.flatten(2)
+            return torch.where(inside, flat.gather(2, at.expand_as(flat)), 0).view_as(images)
+        case 6 | 7 | 8:
+            adjust = (tvf.adjust_brightness, tvf.adjust_saturation, tvf.adjust_contrast)[op - 6]
             return adjust(images, 1 + s * 0.9 * m)
+        case 9:
+            return _sharpened(images, 1 + s * 0.9 * m)
         case 10:
             levels = 2.0 ** (8 - round(4 * m))
             return (images * levels).floor().clamp(max=levels - 1) / levels
@@ -176,6 +163,57 @@ def _apply_op(images: torch.Tensor, op: int, sign: bool, magnitude: int) -> torc
             return tvf.autocontrast(images)
         case _:
             return tvf.equalize(images)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what stays may meet gradients later
+def _pixels_of(
+    op: int, sign: bool, magnitude: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pixel each one of a moved image [`size`, `size`] shows: int64 [size²], and whether
+    there is one, bool [size²].
+
+    torchvision moves images to the nearest pixel: what it makes of the pixels' numbers says where
+    each one comes from. It makes small tensors on the device of its images, which waits for a GPU,
+    so it is asked once, on the CPU.
+    """
+    from torchvision.transforms.v2 import functional as tvf
+
+    m, s = magnitude / 30, -1.0 if sign else 1.0
+    # From 1, as 0 is outside. Whole numbers are exact in float32 up to 4096² pixels.
+    numbers = torch.arange(1, size**2 + 1, dtype=torch.float32).view(1, 1, size, size)
+
+    def affine(translate: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)):
+        corner = [0.0, 0.0] if any(shear) else None
+        return tvf.affine(numbers, 0.0, list(translate), 1.0, list(shear), center=corner)
+
+    match op:
+        case 1:
+            moved = affine(shear=(s * np.degrees(np.arctan(0.3 * m)), 0.0))
+        case 2:
+            moved = affine(shear=(0.0, s * np.degrees(np.arctan(0.3 * m))))
+        case 3:
+            moved = affine(translate=(int(s * m * 150 / 331 * size), 0))
+        case 4:
+            moved = affine(translate=(0, int(s * m * 150 / 331 * size)))
+        case _:
+            moved = tvf.rotate(numbers, s * 30 * m)
+    at = moved.flatten().long() - 1
+    inside = at >= 0
+    return at.clamp(min=0).to(device, non_blocking=True), inside.to(device, non_blocking=True)
+
+
+def _sharpened(images: torch.Tensor, factor: float) -> torch.Tensor:
+    """torchvision's `adjust_sharpness`, which makes its kernel on the CPU and waits for a GPU."""
+    if min(images.shape[2:]) <= 2:
+        return images
+    kernel = torch.full((3, 3), 1.0 / 13.0, device=images.device)
+    kernel[1, 1] = 5.0 / 13.0
+    out = images.clone()
+    smooth = F.conv2d(out, kernel.expand(images.shape[1], 1, 3, 3), groups=images.shape[1])
+    inner = out[..., 1:-1, 1:-1]
+    inner.add_(smooth.sub_(inner), alpha=1.0 - factor)
+    return out.clamp_(0, 1)
 
 
 def apply(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
@@ -188,16 +226,22 @@ def apply(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
 
 
 def apply_ops(images: torch.Tensor, views: Views, spec: ViewSpec) -> torch.Tensor:
-    """The RandAugment operations of `views` alone, on float images in [0, 1]; changes `images`."""
+    """The RandAugment operations of `views` alone, on float images in [0, 1]."""
     for k in range(views.ops.shape[1]):
         pairs = views.ops[:, k] * 2 + views.signs[:, k]
-        for pair in np.unique(pairs):
+        kinds, counts = np.unique(pairs, return_counts=True)
+        # Images that share an operation side by side, and back. On a GPU it takes far fewer kernels
+        # than to write those of each operation to their places.
+        there = np.argsort(pairs, kind="stable")
+        moves = torch.from_numpy(np.stack([there, np.argsort(there)]))
+        moves = moves.to(images.device, non_blocking=True)
+        parts = []
+        for part, pair in zip(images[moves[0]].split(counts.tolist()), kinds, strict=True):
             op, sign = divmod(int(pair), 2)
             if op:
-                members = torch.from_numpy(np.flatnonzero(pairs == pair)).to(images.device)
-                images[members] = _apply_op(images[members], op, bool(sign), spec.magnitude).clamp(
-                    0, 1
-                )
+                part = _apply_op(part, op, bool(sign), spec.magnitude).clamp(0, 1)
+            parts.append(part)
+        images = torch.cat(parts)[moves[1]]
     return images
 
 
@@ -215,7 +259,7 @@ def cutmix_boxes(rng: np.random.Generator, n: int, size: int) -> tuple[np.ndarra
 
 def paste(images: torch.Tensor, others: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
     """CutMix: `others` shown inside the boxes int [n, 4], `images` outside."""
-    b = torch.from_numpy(boxes).to(images.device)[:, :, None]
+    b = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None]
     at = torch.arange(images.shape[-1], device=images.device)
     rows = (at >= b[:, 0]) & (at < b[:, 2])
     columns = (at >= b[:, 1]) & (at < b[:, 3])

@@ -184,7 +184,7 @@ class StreamedClasses:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
         with ThreadPoolExecutor(1, "distilled") as pool:
             for (_, views), pixels in _ahead(pool, self._read, plans):
-                images = torch.from_numpy(pixels).to(self.device).float() / 255
+                images = torch.from_numpy(pixels).to(self.device, non_blocking=True).float() / 255
                 yield images if views is None else augment.apply(images, views, spec)
 
     def _read(self, plan: Plan) -> np.ndarray:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ltdd_scale.data import augment, sampling
@@ -106,6 +105,7 @@ def from_step(
 ) -> Iterator[Batch]:
     """The batches of the steps `begin` … `end` − 1 of the whole training."""
     step, steps, device = begin, course.steps, course.ranks.device
+    every = torch.arange(num_classes, device=device)
     while step < end:
         epoch, first = divmod(step, steps)
         plans = EpochPlans(course, epoch, first)
@@ -113,8 +113,9 @@ def from_step(
         for k in range(first, steps):
             images = [normalize(next(stream)) for _ in range(course.views**2)]
             chosen = [plans.chosen(k, s)[course.part] for s in range(course.views)]
-            classes = [torch.from_numpy(course.images.labels[c]).to(device) for c in chosen]
-            labels = [F.one_hot(c, num_classes).float() for c in classes]
+            seen = [torch.from_numpy(course.images.labels[c]) for c in chosen]
+            classes = [c.to(device, non_blocking=True) for c in seen]
+            labels = [(c[:, None] == every).float() for c in classes]
             x, y = images[0], labels[0]
             if course.views > 1:
                 x, y = mix(images, labels, rng(course.seed, "mix", epoch, k))

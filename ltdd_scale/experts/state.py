@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.batches import Batch
 from ltdd_scale.experts.engine import Trainer
+from ltdd_scale.runtime.late import Late
 from ltdd_scale.runtime.ranks import Ranks
 
 TERMS = ("loss", "debias", "robust")  # what `losses.Objective` gives
@@ -43,21 +44,26 @@ class History:
 class Watch:
     """Stops a training whose loss is not finite.
 
-    Each loss is looked at a step late, when a GPU has long known it: nobody waits for it.
+    Each loss is looked at when the next step is under way, and a GPU has long known it: nobody
+    waits for it.
     """
 
     def __init__(self, role: str, names: Sequence[str], trainer: Trainer):
         self.role, self.names, self.trainer = role, names, trainer
-        self._last: tuple[int, np.ndarray, Tensor] | None = None
+        self._last: tuple[int, np.ndarray, Late] | None = None
 
     def note(self, batch: Batch, losses: Tensor) -> None:
-        self._last = (batch.step, batch.chosen, losses)
+        """The losses of a step, float32 [3]: looked at by the next `check`."""
+        self._last = (batch.step, batch.chosen, Late(losses))
 
     def check(self) -> None:
         """Raise `UserError` where the loss of the noted step is not finite."""
-        if self._last is None or math.isfinite(float(self._last[2][0])):
+        if self._last is None:
             return
         step, chosen, losses = self._last
+        loss = float(losses.read()[0])
+        if math.isfinite(loss):
+            return
         self.trainer.finish()  # the last save may be on its way
         saved = [
             int(p.name.split("-")[1].split(".")[0]) for p in self.trainer.folder.glob("step-*")
@@ -67,7 +73,7 @@ class Watch:
         if len(chosen) > 3:
             shown += f" and {len(chosen) - 3} more"
         raise UserError(
-            f"{self.role}: the loss is {float(losses[0])} at step {step}, on {shown}; "
+            f"{self.role}: the loss is {loss} at step {step}, on {shown}; "
             f"{kept or 'there is no checkpoint yet'}. Lower {self.role}.lr, or set train.clip "
             "(1.0, say)"
         )

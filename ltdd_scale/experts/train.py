@@ -64,8 +64,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     progress = context.progress(role, total, "steps", begin, stops=False)
     model.train()
     for batch in batches.from_step(course, begin, total, normalize, num_classes):
-        watch.check()
         losses = step(batch)
+        watch.check()  # of the step before, now that a GPU has this one to do
         watch.note(batch, losses)
         history.add(losses * (step.share / ranks.world_size / course.steps))
         if batch.ends_epoch:

@@ -23,6 +23,7 @@ from ltdd_scale.models import registry
 from ltdd_scale.models.frozen import forward
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.late import Late
 from ltdd_scale.runtime.ranks import Ranks, rng, torch_seed
 
 LOG_EVERY = 5.0  # seconds between two writes of log.jsonl: an epoch may take milliseconds
@@ -71,8 +72,8 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
         epoch = work.taken // setup.steps
         for drawn, indices, x in work.rest_of_epoch():
             work.step(epoch, drawn, indices, x)
-            if len(work.history) > epoch:
-                progress.update(epoch + 1, f"loss {work.history[-1]:.3f}")
+            if work.taken % setup.steps == 0:
+                progress.update(epoch + 1, work.note)
                 if time.monotonic() - logged >= LOG_EVERY:
                     context.log(_entries(work.history))
                     logged = time.monotonic()
@@ -80,22 +81,36 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
                 checkpoints.save(work.taken, work.state(), wait=signals.requested())
                 signals.check()
     checkpoints.wait()
+    work.settle()
     context.log(_entries(work.history))
     return work.average.eval(), work.history
 
 
 class _Work:
     """A student on its way: its weights and their average, the optimizer, `taken` steps, the
-    `history` of losses of whole epochs and the `total` of the one that goes on."""
+    `history` of losses of whole epochs and the `total` of the one that goes on. A GPU may still
+    owe the loss of the last whole epoch: `settle` waits for it."""
 
     def __init__(self, setup: Setup, student: nn.Module, ranks: Ranks):
         self.setup, self.student, self.ranks = setup, student, ranks
-        self.optimizer = optimizer_of(setup.training, student)
+        self.optimizer = optimizer_of(setup.training, student, ranks.device)
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.history: list[float] = []
+        self._owed: Late | None = None
         self.taken, self.total = 0, torch.zeros((), device=ranks.device)
 
+    @property
+    def note(self) -> str:
+        return f"loss {self.history[-1]:.3f}" if self.history else ""
+
+    def settle(self) -> None:
+        """The loss of the last whole epoch into `history`."""
+        if self._owed is not None:
+            self.history.append(float(self._owed.read()))
+            self._owed = None
+
     def state(self) -> dict[str, Any]:
+        self.settle()
         return {
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
@@ -145,21 +160,28 @@ class _Work:
         self.total += loss.detach() / steps
         self.taken += 1
         if self.taken % steps == 0:
-            self.history.append(float(self.total))
+            self.settle()
+            self._owed = Late(self.total)
+            if self._owed.known:
+                self.settle()
             self.total.zero_()
 
 
-def optimizer_of(training: Training, student: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov's momentum."""
+def optimizer_of(
+    training: Training, student: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov's momentum, in one kernel where `device` is a GPU."""
     parameters, decay = student.parameters(), training.weight_decay
+    fused = device.type == "cuda" or None
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=decay, fused=fused)
     return torch.optim.SGD(
         parameters,
         lr=training.lr,
         momentum=training.momentum,
         weight_decay=decay,
         nesterov=training.momentum > 0,
+        fused=fused,
     )
 
 

@@ -117,12 +117,12 @@ def pack(logits: Tensor, topk: int) -> Packed:
 
 def unpack(packed: Packed, rows: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
     """Logits float32 [len(rows), C] from `pack`, the rest filled with its mean."""
-    values = torch.from_numpy(packed["values"][rows]).to(device).float()
+    values = torch.from_numpy(packed["values"][rows]).to(device, non_blocking=True).float()
     if "classes" not in packed:
         return values
     out = values[:, -1:].expand(-1, num_classes).clone()
-    classes = torch.from_numpy(packed["classes"][rows].astype(np.int64)).to(device)
-    return out.scatter_(1, classes, values[:, :-1])
+    classes = torch.from_numpy(packed["classes"][rows].astype(np.int64))
+    return out.scatter_(1, classes.to(device, non_blocking=True), values[:, :-1])
 
 
 class MadeWhenAsked(Sequence):

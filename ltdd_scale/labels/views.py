@@ -69,10 +69,20 @@ def render(
         x = normalize(x)
         own = x[: len(indices)]
         chosen = np.flatnonzero(epoch.lam[indices] < 1)
-        if len(chosen):
-            own, mixed = own.clone(), torch.from_numpy(chosen).to(x.device)
-            own[mixed] = augment.paste(own[mixed], x[len(indices) :], epoch.boxes[indices][chosen])
+        boxes = epoch.boxes[indices][chosen]
+        if len(chosen) == len(indices):
+            own = augment.paste(own, x[len(indices) :], boxes)
+        elif len(chosen):
+            mixed = augment.paste(own[_sent(chosen, x.device)], x[len(indices) :], boxes)
+            places = np.arange(len(indices))
+            places[chosen] = len(indices) + np.arange(len(chosen))
+            own = torch.cat([own, mixed])[_sent(places, x.device)]
         yield own
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device. Nobody waits for it."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,18 @@ class OneHot:
     def device(self) -> torch.device:
         return self.classes.device
 
-    def __getitem__(self, indices: np.ndarray) -> Tensor:
-        """Rows `indices` [b], float32 [b, C]."""
-        rows = torch.zeros(len(indices), self.num_classes, device=self.device)
-        return rows.scatter_(1, self.classes[indices][:, None], 1.0)
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Rows `indices` int64 [b], on the device of the classes: float32 [b, C]."""
+        every = torch.arange(self.num_classes, device=self.device)
+        return (self.classes[indices][:, None] == every).float()
 
 
 def mix(table: Tensor | OneHot, drawn: EpochViews, indices: np.ndarray) -> Tensor:
     """Rows `indices` of `table` [n, C], mixed as CutMix has mixed the images: [b, C]."""
-    lam = torch.from_numpy(drawn.lam[indices]).to(table.device)[:, None]
-    return lam * table[indices] + (1 - lam) * table[drawn.partners[indices]]
+    device = table.device
+    lam = _sent(drawn.lam[indices], device)[:, None]
+    own, partners = _sent(indices, device), _sent(drawn.partners[indices], device)
+    return lam * table[own] + (1 - lam) * table[partners]
 
 
 def onehot(classes: np.ndarray, num_classes: int, device: torch.device) -> OneHot:

@@ -87,7 +87,7 @@ class Ranks:
 
     def to_device(self, model: M) -> M:
         """On the device, channels-last on a GPU (on a CPU oneDNN picks its own layout)."""
-        model = model.to(self.device)
+        model = model.to(self.device, non_blocking=True)
         return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
 
     def parallel(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
@@ -144,6 +144,8 @@ def _prepare_gpu(rank: int, local: int, precision: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # That also fills every new tensor, a kernel more for each. Nothing reads what was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]
     torch.backends.cuda.matmul.allow_tf32 = False  # crops are matrix products in float32
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 

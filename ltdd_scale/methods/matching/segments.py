@@ -279,4 +279,6 @@ def draw(
     chosen = np.concatenate(orders).reshape(-1, size)[:steps]
     side = like.shape[-1]
     changes = [siamese.draw_each(generator, strategy, side, size) for _ in range(steps)]
-    return Draws(expert, start, torch.from_numpy(chosen).to(like.device), changes)
+    return Draws(
+        expert, start, torch.from_numpy(chosen).to(like.device, non_blocking=True), changes
+    )
