@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ltdd_scale.methods.matching import unroll
 from ltdd_scale.methods.matching.unroll import Segment, Unroll
 from ltdd_scale.models.flat import Flat
 
@@ -63,10 +62,7 @@ def through_all_steps(segment, images, labels, rate):
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("forward", [True, False])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
-def test_the_gradient_is_that_of_the_whole_unroll(monkeypatch, double, head, forward):
-    monkeypatch.setattr(unroll, "FORWARD", forward)
+def test_the_gradient_is_that_of_the_whole_unroll(double, head):
     segment, images, labels, rate, _ = problem(double, head=head)
     ours = Unroll(learn_labels=True).gradient(segment, images, labels, rate)
     loss, by_image, by_label, by_rate = through_all_steps(segment, images, labels, rate)

@@ -31,12 +31,12 @@ def trajectory(settings: Given, facts: Facts) -> Cost:
 
 
 def classifier(settings: Given, facts: Facts) -> Cost:
-    """Forward passes of the backbone: the head costs next to nothing."""
+    """One forward pass of the backbone a step, with GSAM too: the head costs next to nothing."""
     own, network, seen = settings.classifier, settings.network, settings.images
     one = flops.measure(network.net, network.width, network.norm, seen.resolution)
     size = _head(network, seen, facts)
     return Cost(
-        flops=own.steps * own.batch_size * _gradients(own) * one.flops,
+        flops=own.steps * own.batch_size * one.flops,
         memory=_held(seen, facts) + flops.FLOAT * ((COPIES + HELD) * size + one.parameters),
         activations=own.batch_size * (one.passing + _views(seen)),
         disk=(own.steps // own.every + 2 + 2 * CHECKPOINTS) * flops.FLOAT * size,

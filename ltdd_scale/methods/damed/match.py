@@ -36,7 +36,7 @@ from ltdd_scale.runtime.context import Context
 from ltdd_scale.stage import Given
 
 SURE = 0.9  # p of the own class in the label of an image that no expert classifies correctly
-SHOWN = 500  # images in a forward pass of the experts
+SHOWN = 100  # images in a forward pass of the experts
 
 
 def run(settings: Given, context: Context) -> dict[str, Any]:

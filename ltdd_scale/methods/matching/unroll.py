@@ -20,11 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ltdd_scale.models.captured import Captured
-
-FORWARD = False  # how ∇θ ℓ · v is made: by forward mode, or by a gradient of the gradient
 
 # Weights [P], augmented images [b, 3, R, R], `Segment.fixed` → logits [b, C].
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,21 +66,6 @@ class Gradient:
     images: Tensor
     labels: Tensor | None
     log_rate: Tensor
-
-
-def along(logits: Network, loss: Loss, given: tuple[Tensor, ...], v: Tensor) -> Tensor:
-    """∇θ ℓ · v, a scalar that knows its gradients by the first three of `given`, which are weights,
-    images, labels, fixed."""
-    weights, x, y, fixed = given
-    if not FORWARD:
-        value = loss(logits(weights, x, fixed), y)
-        (g,) = torch.autograd.grad(value, weights, create_graph=True)
-        return g @ v
-    # The derivative of the logits along v comes with the logits: no kernel is differentiated twice.
-    with forward_ad.dual_level():
-        z, moved = forward_ad.unpack_dual(logits(forward_ad.make_dual(weights, v), x, fixed))
-    (g,) = torch.autograd.grad(loss(z, y), z, create_graph=True)
-    return (g * moved).sum()
 
 
 class Unroll:
@@ -154,7 +136,9 @@ class Unroll:
             theta, x, y, fixed, v = (value.detach() for value in given)
             weights, x = theta.requires_grad_(), x.requires_grad_()
             y = y.requires_grad_(learn_labels)
-            product = along(logits, loss, (weights, x, y, fixed), v)
+            value = loss(logits(weights, x, fixed), y)
+            (g,) = torch.autograd.grad(value, weights, create_graph=True)
+            product = g @ v
             wanted = [x, *([y] if learn_labels else []), *([weights] if exact else [])]
             found = list(torch.autograd.grad(product, wanted))
             by_x = found.pop(0)
