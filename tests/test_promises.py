@@ -23,7 +23,8 @@ from ltdd_scale.stage import Division
 
 pytestmark = pytest.mark.slow
 
-# A method's own small settings; `labels: stored`, so that labels have bytes to compare.
+# A method's own small settings. Stored labels have bytes to compare, and want a teacher: where a
+# method trains none, two methods with them are enough.
 UNROLLED = {
     "iterations": 5,
     "inner_steps": 2,
@@ -37,6 +38,7 @@ OWN = {
     "rldd": {},
     "dm": {"dm": {"iterations": 6, "width": 8, "real_batch": 8}},
     "gm": {
+        "relabel": {"labels": "hard"},
         "gm": {
             "networks": 2,
             "outer_steps": 2,
@@ -44,10 +46,11 @@ OWN = {
             "width": 8,
             "real_batch": 8,
             "inner_batch": 16,
-        }
+        },
     },
-    "mtt": {"trajectories": TRAJECTORIES, "mtt": UNROLLED},
+    "mtt": {"relabel": {"labels": "hard"}, "trajectories": TRAJECTORIES, "mtt": UNROLLED},
     "damed": {
+        "relabel": {"labels": "learned"},
         "trajectories": TRAJECTORIES,
         "classifiers": {"steps": 6, "every": 2, "batch_size": 16},
         "damed": {**UNROLLED, "classifier_steps": 2},
