@@ -194,6 +194,38 @@ def test_an_expert_that_is_gone_is_made_again(run, tmp_path):
     assert done.returncode == 1 and "snapshots.npy: damaged" in line and "delete the folder" in line
 
 
+def test_a_set_that_has_lost_a_file_is_made_again(run, tmp_path):
+    """What is left of it must not be taken for all of it."""
+    _, config, folder = run
+    shutil.copytree(folder / "store", tmp_path / "store")
+    match = folder_of(folder / "run", "match").relative_to(folder / "store")
+    (tmp_path / "store" / match / "00003.npy").unlink()
+    where = ("--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", 1)
+    done = cli("match", config, *where)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "store")[str(match)] == digests(folder / "store")[str(match)]
+
+
+def test_a_run_that_dies_before_its_seal_keeps_its_iterations(run, tmp_path, monkeypatch):
+    from ltdd_scale.pipeline import store
+
+    _, config, folder = run
+    shutil.copytree(folder / "store", tmp_path / "store")
+    match = folder_of(folder / "run", "match").relative_to(folder / "store")
+    shutil.rmtree(tmp_path / "store" / match)
+    where = ("--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", 1)
+
+    def dying(*_):
+        raise UserError("the end")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "seal", dying)
+        assert cli("match", config, *where).returncode == 1
+    done = cli("match", config, *where)
+    assert done.returncode == 0 and "resumed at iteration 4 of 4" in done.stderr
+    assert digests(tmp_path / "store")[str(match)] == digests(folder / "store")[str(match)]
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "said"),
     [
@@ -208,6 +240,11 @@ def test_an_expert_that_is_gone_is_made_again(run, tmp_path):
             "learns no labels with these settings",
         ),
         ("mtt", {"relabel": {"labels": "learned"}}, "learns no labels with these settings"),
+        (
+            "mtt",
+            {"trajectories": {**SMALL["trajectories"], "lr": 0}},
+            "experts that do not move cannot be followed",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_starts(

@@ -70,7 +70,7 @@ def resolve(
     except UserError:
         if known.get("chosen") == session.chosen_images(config):
             source = known["source"]  # the images are away: what was made of them still counts
-        elif dry_run and sources.expected(config.data):
+        elif dry_run and not _is_there(config.data) and sources.expected(config.data):
             source, absent = f"not here: {where}", True
         else:
             raise
@@ -81,6 +81,11 @@ def resolve(
             choices["evaluate.plain"] = plain_network(config, source, absent)
         config = load.changed(config, {"evaluate.plain": choices["evaluate.plain"]})
     return Resolved(config, source, asked, absent)
+
+
+def _is_there(data: Any) -> bool:
+    """Whether there is something at the place of the images: an error is of what is in it then."""
+    return bool(data.path) and Path(data.path).exists()
 
 
 def plain_network(config: Any, source: str, absent: bool = False) -> str:

@@ -115,7 +115,8 @@ def _shared(title: str, found: Iterable[Finished], cells: Any) -> list[_Row]:
         if not mine:
             continue
         for row, names in rows:
-            if all(row.cells.get(kind, e) == e for kind, e in mine.items()):
+            both = [kind for kind in mine if kind in row.cells]
+            if both and all(row.cells[kind] == mine[kind] for kind in both):
                 row.cells.update(mine)
                 names.append(point.name)
                 break

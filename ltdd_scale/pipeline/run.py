@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,8 @@ class _Work:
     def execute(self, node: Node, ranks: Ranks, part: tuple[int, int] | None) -> dict[str, Any]:
         """Run a stage unless its folder is complete; return its facts."""
         folder = node.folder(self.store)
+        if "precision" not in node.settings:  # such a stage gives the same bytes with any
+            ranks = replace(ranks, autocast_dtype=None)
         inputs = {role: self.nodes[n].folder(self.store) for role, n in node.stage.inputs.items()}
         if ranks.is_main:  # for all: it is hashed once, not by every rank
             for path in inputs.values():

@@ -110,8 +110,16 @@ def locked(
 
 
 def unseal(folder: Path) -> None:
-    """A folder that is worked on is not complete."""
-    (folder / RECORD).unlink(missing_ok=True)
+    """A folder that is worked on is not complete. One that was, and has lost a file since, is
+    emptied: what is left of it does not tell what is missing."""
+    if not (folder / RECORD).exists():
+        return
+    (folder / RECORD).unlink()
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith(".lock"):
+            path.unlink()
 
 
 def seal(node: Node, folder: Path, how: dict[str, Any]) -> None:

@@ -203,11 +203,13 @@ def descend(course: Course, start: Tensor, context: Context) -> tuple[Tensor, li
                 way.note(done)
                 context.log(way.history)
             progress.update(done, f"loss {way.history[-1]['loss']:.3f}" if way.history else "")
-            if done < settings.steps and (signals.requested() or checkpoints.due()):
+            stop = signals.requested()  # asked once: a signal may come while it is saved
+            if done < settings.steps and (stop or checkpoints.due()):
                 way.check(done)
                 kept.save()  # first: a checkpoint counts on the snapshots before it
-                checkpoints.save(done, way.state(), wait=signals.requested())
-                signals.check()
+                checkpoints.save(done, way.state(), wait=stop)
+                if stop:
+                    signals.check()
         checkpoints.wait()
         kept.finish(way.weights)
     return way.weights, way.history

@@ -51,6 +51,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     if own.learn_labels:
         with in_tf32():
             labels = initial_labels(ways, start, classes)
+        # Different GPUs could differ in the last bits.
+        labels = ranks.broadcast_tensor(labels)
     synthetic = Synthetic(start, labels, own, own.learn_labels, own.lr_labels)
     counts = ShardSplit(context.input("shard"), "train").counts
     pair = Pair(

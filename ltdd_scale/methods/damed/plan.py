@@ -29,6 +29,8 @@ def check(settings: Any) -> None:
         )
     if own.decoupling:
         trained = settings.classifier
+        if not trained.lr:
+            raise UserError("classifiers.lr=0: classifiers that do not move cannot be followed")
         there = trained.steps // trained.every
         if own.classifier_target > there:
             raise UserError(

@@ -32,7 +32,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         pieces=f"{HERE}.chunks:pieces",
         cost=f"{HERE}.chunks:cost",
         check=f"{HERE}.chunks:check",
-        help="match the mean features of real and synthetic images",
+        help="match the features, gradients or ways of real and synthetic images",
     )
     return (match,)
 

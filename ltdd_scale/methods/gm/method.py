@@ -31,7 +31,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         division=Division.RANKS,
         cost=f"{HERE}.cost:cost",
         check=f"{HERE}.cost:check",
-        help="match the gradients of real and synthetic images",
+        help="match the features, gradients or ways of real and synthetic images",
         smaller="ipc, gm.real_batch or gm.inner_batch",
     )
     return (match,)

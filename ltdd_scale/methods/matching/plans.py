@@ -26,6 +26,8 @@ def snapshots(trajectory: Trajectory) -> int:
 def check(section: str, own: Unrolled, trajectory: Trajectory) -> None:
     """Raise `UserError` where segments need snapshots that experts do not keep."""
     siamese.choices(own.dsa)
+    if not trajectory.lr:
+        raise UserError("trajectories.lr=0: experts that do not move cannot be followed; raise it")
     if own.min_start > own.max_start:
         raise UserError(
             f"{section}.min_start={own.min_start} is behind {section}.max_start={own.max_start}"

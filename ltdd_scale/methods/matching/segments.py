@@ -143,6 +143,16 @@ class Matching:
         self.pixels.clamp(self.synthetic.images)
         return sum(distance for distance, _ in told) / numbers
 
+    def check_state(self) -> None:
+        """Raise `UserError` for what could not be gone on from: it is not to be saved."""
+        synthetic = self.synthetic
+        sound = torch.stack([x.isfinite().all() for x in synthetic.learned])
+        if not (bool(sound.all()) and math.isfinite(float(synthetic.log_rate.exp()))):
+            raise UserError(
+                f"match: what is learned is not finite (β {float(synthetic.log_rate.exp()):.2g}); "
+                f"{self.saved.kept()}. Lower {self.section}.lr_images or .lr_rate"
+            )
+
     def _from_rank(self, vector: Tensor | None, source: int) -> Tensor:
         """The vector of the rank `source` on every rank."""
         if self.ranks.world_size == 1:
@@ -211,6 +221,7 @@ def run(matching: Matching, context: Context) -> None:
         )
 
     def state_now() -> State:
+        matching.check_state()
         return {"synthetic": synthetic.state(), "history": history.state()}
 
     progress = context.progress("match", settings.iterations, "iterations", begin, stops=False)
@@ -224,6 +235,8 @@ def run(matching: Matching, context: Context) -> None:
         progress.update(t + 1, history.note)
         if not last:
             matching.saved.after(t + 1, state_now)
+    # Who is killed while the set is written and sealed has all iterations behind him.
+    matching.saved.save(settings.iterations, state_now(), wait=True)
 
 
 def write(matching: Matching, real: RealSet, context: Context) -> dict[str, Any]:
@@ -239,7 +252,7 @@ def write(matching: Matching, real: RealSet, context: Context) -> dict[str, Any]
         for label, images in enumerate(by_class):
             pixels = matching.pixels.to_uint8(images)
             distilled.write_class(context.out, label, pixels, real.provenance(label))
-    matching.saved.clear()
+    ranks.barrier()
     return {"images": real.start.size, "rate": float(synthetic.log_rate.exp())}
 
 
