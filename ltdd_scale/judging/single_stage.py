@@ -77,7 +77,7 @@ def _student(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
     return Stage(
         name=student.name,
         kind="student",
-        version=4,
+        version=5,
         run="ltdd_scale.judging.student:run",
         reads={
             "training": Section("evaluate", Training),

@@ -29,6 +29,8 @@ from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 
 PLAIN = "plain"  # the set of the plain network, which is judged with logit adjustment too
+LOGITS = "logits.npy"  # of the judged images, float16 [N, C]
+WEIGHTS = "weights.pt"
 
 
 def check(settings: Any) -> None:
@@ -38,7 +40,11 @@ def check(settings: Any) -> None:
 
 
 def run(settings: Any, context: Context) -> dict[str, Any]:
-    """Train and judge one student; write ``result.json`` with its row and its losses."""
+    """Train and judge one student; write ``result.json`` with its row and its losses, its logits of
+    the judged images, and its weights.
+
+    It is judged by the logits as they are kept: who reads them finds the same numbers.
+    """
     who, ranks = Student(**settings.student), context.ranks
     split = ShardSplit(context.input("shard"), "train")
     setup = _setup(who, settings, context, split)
@@ -50,12 +56,15 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         raise UserError(f"{who.title}: the loss is {history[-1]}; lower evaluate.lr (it is {rate})")
     held, groups = ShardSplit(context.input("shard"), settings.split), split.manifest["groups"]
     test = open_images(held, settings.images, ranks.device, context.workers)
-    logits = frozen.predict(average, test, setup.normalize, ranks)
+    kept = frozen.predict(average, test, setup.normalize, ranks).half()
+    logits = kept.float()
     result = metrics(logits, held.labels, groups)
     row = {**who.to_dict(), "ipc": settings.ipc if "ipc" in settings else None, **result}
     if who.set == PLAIN:
         row["adjusted"] = metrics(logit_adjusted(logits, split.counts), held.labels, groups)
     losses = [round(loss, 5) for loss in history]
+    frozen.save(context.out / WEIGHTS, recipe, average)
+    distilled.save(context.out / LOGITS, kept.numpy())
     files.write_json(context.out / "result.json", {"row": row, "loss": losses})
     shown = {name: result[name] for name in ("top1", "balanced", "class_std")}
     return {**shown, "note": _note(**shown)}
