@@ -284,3 +284,27 @@ def test_units_of_two_groups_on_ranks_and_in_parts(tmp_path):
     for name in ("ranks", "parts"):
         ours, theirs = (digests(tmp_path / n / "store") for n in (name, "calm"))
         assert ours == theirs and len(ours) == 7
+
+
+def test_an_expert_that_dies_as_it_is_sealed_is_done(tmp_path, tiny, monkeypatch):
+    """Its checkpoints go after its record is there, or when there is work again."""
+    from ltdd_scale.errors import UserError
+    from ltdd_scale.pipeline import store
+
+    where = ("--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", 1)
+    often = ("--set", "runtime.checkpoint_seconds=0")
+    assert cli("shard", tiny, *where).returncode == 0
+
+    def dying(_):
+        raise UserError("the end")
+
+    with monkeypatch.context() as patched:
+        tidy = store.tidy
+        patched.setattr(store, "tidy", lambda f: dying(f) if "experts" in str(f) else tidy(f))
+        assert cli("train", "observer", tiny, *where, *often).returncode == 1
+    (folder,) = (tmp_path / "store" / "experts").iterdir()
+    assert list(folder.rglob("step-*.pt")) and store.complete(folder)
+    before = (folder / "stage.json").read_bytes()
+    assert cli("calibrate", tiny, *where, *often).returncode == 0
+    assert not list(folder.rglob("step-*.pt"))
+    assert (folder / "stage.json").read_bytes() == before

@@ -98,7 +98,10 @@ class _Work:
         missing = None
         if self.ranks.is_main:
             names = needed(self.nodes, self.targets)
-            missing = [n for n in names if not store.complete(self.nodes[n].folder(self.store))]
+            folders = {n: self.nodes[n].folder(self.store) for n in names}
+            missing = [n for n in names if not store.complete(folders[n])]
+            for name in set(names) - set(missing):
+                store.tidy(folders[name])  # one may have died just after it was sealed
         return needed(self.nodes, self.targets, set(self.ranks.broadcast(missing)))
 
     def check_ranks(self, node: Node) -> None:

@@ -23,6 +23,7 @@ from ltdd_scale.pipeline.graph import Node
 from ltdd_scale.runtime import files, signals
 
 RECORD = "stage.json"
+SCRATCH = (".tmp", ".progress.json")  # files that only the work needs, as folders are
 
 
 def complete(folder: Path) -> dict[str, Any] | None:
@@ -123,14 +124,12 @@ def unseal(folder: Path) -> None:
 
 
 def seal(node: Node, folder: Path, how: dict[str, Any]) -> None:
-    """Clear what only the work needed, then write ``stage.json``. `how`: facts, seconds, ranks,
-    …"""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name.endswith((".tmp", ".progress.json")):
-            path.unlink()
-    listed = sorted(p for p in folder.iterdir() if p.name != RECORD and not p.name.startswith("."))
+    """Write ``stage.json``, then clear what only the work needed. `how`: facts, seconds, ranks,
+    …
+
+    In this order: a run that dies in between has all that it made, or still has its checkpoints.
+    """
+    listed = sorted(p for p in folder.iterdir() if _is_result(p))
     record = {
         "name": node.name,
         "stage": node.kind,
@@ -143,6 +142,21 @@ def seal(node: Node, folder: Path, how: dict[str, Any]) -> None:
         "files": {p.name: [p.stat().st_size, files.sha256(p)] for p in listed},
     }
     files.write_json(folder / RECORD, record)
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Clear what only the work on a finished folder needed."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.endswith(SCRATCH):
+            path.unlink(missing_ok=True)
+
+
+def _is_result(path: Path) -> bool:
+    own = path.name == RECORD or path.name.startswith(".") or path.name.endswith(SCRATCH)
+    return path.is_file() and not own
 
 
 def software() -> dict[str, str]:
