@@ -13,10 +13,12 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -41,28 +43,66 @@ def one_stage(
     )
 
 
-def _start(nproc: int) -> int:
-    """All ranks; the first exit code that is not 0."""
+def _start(nproc: int, arguments: argparse.Namespace) -> int:
+    """All ranks; the first exit code that is not 0. They are forked: torch is imported once."""
+    import ltdd_scale.pipeline.run
+    import ltdd_scale.recipe  # noqa: F401
+
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for k in range(nproc):
             env = {"RANK": k, "WORLD_SIZE": nproc, "LOCAL_RANK": k}
             env["LTDD_RENDEZVOUS"] = f"file://{folder}/meet"
-            env = {**os.environ, **{key: str(value) for key, value in env.items()}}
-            arguments = [sys.executable, "-m", "tests.one_stage", *sys.argv[1:]]
-            ranks.append(subprocess.Popen(arguments, env=env))
-        while all(rank.poll() in (None, 0) for rank in ranks):
-            if all(rank.poll() == 0 for rank in ranks):
-                return 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update({key: str(value) for key, value in env.items()})
+                _leave(_rank(arguments))
+            ranks.append(pid)
+        codes: dict[int, int] = {}
+        while len(codes) < nproc and not any(codes.values()):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        code = next((code for code in codes.values() if code), 0)
+        left = [pid for pid in ranks if pid not in codes]
+        deadline = time.monotonic() + 3
+        while left and time.monotonic() < deadline:
+            left = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]
             time.sleep(0.02)
-        code = next(code for rank in ranks if (code := rank.poll()))
-        for rank in ranks:
-            try:
-                rank.wait(3)
-            except subprocess.TimeoutExpired:
-                rank.kill()
-                rank.wait()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return 128 - code if code < 0 else code
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    """The exit code of one rank."""
+    from ltdd_scale.errors import UserError
+    from ltdd_scale.runtime.signals import STOP_CODE, Preempted
+
+    if "LTDD_FAULT" in os.environ:
+        import sitecustomize  # of tests/faults; it has not known that this would be a rank
+
+        sitecustomize.arm()
+    try:
+        _run(arguments)
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except Preempted:
+        return STOP_CODE
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as the command ends: left-over threads have no say
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -104,9 +144,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _main() -> int:
-    from ltdd_scale.errors import UserError
-    from ltdd_scale.runtime.signals import STOP_CODE, Preempted
-
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("config", type=Path)
@@ -115,21 +152,8 @@ def _main() -> int:
     parser.add_argument("--input", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[])
     arguments = parser.parse_args()
-    if "RANK" not in os.environ:
-        return _start(arguments.nproc)
-    try:
-        _run(arguments)
-    except UserError as error:
-        if os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except Preempted:
-        return STOP_CODE
-    return 0
+    return _start(arguments.nproc, arguments)
 
 
 if __name__ == "__main__":
-    code = _main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as the command ends: left-over threads have no say
+    _leave(_main())

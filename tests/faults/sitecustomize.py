@@ -49,8 +49,13 @@ def _arm() -> None:
     setattr(os, event, counted)
 
 
-if _FAULT and os.environ.get("RANK") == os.environ.get("LTDD_FAULT_RANK"):
-    _arm()
+def arm() -> None:
+    """Be ready for the fault, where this process is the one that it happens to."""
+    if _FAULT and os.environ.get("RANK") == os.environ.get("LTDD_FAULT_RANK"):
+        _arm()
+
+
+arm()
 
 
 class _Slow:
