@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ltdd_scale.data import dali, streamed
+from ltdd_scale.data import dali, streamed, whitening
 from ltdd_scale.data.backend import backend, fits_memory
 from ltdd_scale.data.images import Images, MemoryImages
 from ltdd_scale.data.settings import Seen
@@ -63,6 +64,11 @@ def normalizer(mean: Sequence[float], std: Sequence[float], device: torch.device
     return normalize
 
 
-def prepare(split: ShardSplit, device: torch.device) -> Normalize:
-    """The normalisation of the set that `split` is of: by its training images."""
+def prepare(split: ShardSplit, device: torch.device, zca: Path | None = None) -> Normalize:
+    """The normalisation of the set that `split` is of: by its training images.
+
+    `zca`: the folder of the stage "whiten", where networks see whitened images instead.
+    """
+    if zca is not None:
+        return whitening.load(zca / whitening.FILE, device)
     return normalizer(split.mean, split.std, device)

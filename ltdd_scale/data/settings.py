@@ -105,7 +105,21 @@ class Seen(Settings):
     )
 
 
-class Data(Seen, Chosen, Expected, Location):
+class Whitened(Settings):
+    """ZCA whitening. Hashed only where it is on: sets without it stay what they are."""
+
+    zca: Switch = option(
+        False,
+        "networks see images that are ZCA-whitened, fitted on the training images, instead of "
+        "normalised by channel; for matching methods and labels that no teacher makes; needs at "
+        "least 3·resolution² training images",
+    )
+    zca_eps: Number = option(
+        0.1, "zca: ε, added to the eigenvalues of the covariance of pixels in [0, 1]", low=1e-6
+    )
+
+
+class Data(Whitened, Seen, Chosen, Expected, Location):
     """The real, long-tailed set."""
 
     @classmethod

@@ -23,7 +23,8 @@ class Method:
     started from, if the method has such. `learned(config)`: whether the distilled set brings
     learned labels (`data/distilled.py`). `judged` are further networks to be judged beside the
     students: title → (stage, file). `check(config)` raises `UserError` for settings that cannot
-    work together, and returns warnings about settings without effect.
+    work together, and returns warnings about settings without effect. `whitened`: whether its
+    stages can show whitened images to networks (`data.stage.seen` and `real`).
     """
 
     name: str
@@ -36,3 +37,4 @@ class Method:
     learned: Callable[[Any], bool] = lambda config: False
     judged: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     check: Callable[[Any], list[str]] = lambda config: []
+    whitened: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ltdd_scale.data import whitening
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.experts.trajectories.kept import HELD
 from ltdd_scale.experts.trajectories.settings import Descent, Network
@@ -23,8 +24,9 @@ def trajectory(settings: Given, facts: Facts) -> Cost:
     each = size * (SHORT if own.stored == "bfloat16" else flops.FLOAT)
     passes = (1 + flops.BACKWARD) * _gradients(own)
     return Cost(
-        flops=own.steps * own.batch_size * passes * flops.forward(*made_of),
-        memory=_held(seen, facts) + (COPIES + HELD) * flops.FLOAT * size,
+        flops=own.steps * own.batch_size * passes * flops.forward(*made_of)
+        + _whitened(settings, own),
+        memory=_held(settings, facts) + (COPIES + HELD) * flops.FLOAT * size,
         activations=own.batch_size * (flops.activations(*made_of) + _views(seen)),
         disk=kept * each + (1 + 2 * CHECKPOINTS) * flops.FLOAT * size,
     )
@@ -36,8 +38,8 @@ def classifier(settings: Given, facts: Facts) -> Cost:
     one = flops.measure(network.net, network.width, network.norm, seen.resolution)
     size = _head(network, seen, facts)
     return Cost(
-        flops=own.steps * own.batch_size * one.flops,
-        memory=_held(seen, facts) + flops.FLOAT * ((COPIES + HELD) * size + one.parameters),
+        flops=own.steps * own.batch_size * one.flops + _whitened(settings, own),
+        memory=_held(settings, facts) + flops.FLOAT * ((COPIES + HELD) * size + one.parameters),
         activations=own.batch_size * (one.passing + _views(seen)),
         disk=(own.steps // own.every + 2 + 2 * CHECKPOINTS) * flops.FLOAT * size,
     )
@@ -54,10 +56,17 @@ def _head(network: Network, seen: Seen, facts: Facts) -> int:
     return facts.num_classes * (features + 1)
 
 
-def _held(seen: Seen, facts: Facts) -> float:
-    """Bytes of the decoded set, where it is held in memory."""
+def _held(settings: Given, facts: Facts) -> float:
+    """Bytes of the decoded set, where it is held in memory, and of the whitening."""
+    seen = settings.images
     held = facts.num_images * 3 * seen.resolution**2
-    return held if held <= seen.memory_gb * 2**30 else 0
+    fits = held <= seen.memory_gb * 2**30
+    return (held if fits else 0) + whitening.held(settings)
+
+
+def _whitened(settings: Given, own: Descent) -> float:
+    """FLOPs of whitening what is shown in all steps."""
+    return whitening.flops(settings, own.steps * own.batch_size)
 
 
 def _views(seen: Seen) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.experts.trajectories.settings import Classifier, Network, Trajectory
 from ltdd_scale.stage import Division, Section, Stage, places
 
@@ -18,15 +18,15 @@ TRAJECTORIES, CLASSIFIERS = "trajectories", "classifiers"  # sections of the con
 
 def experts(config: Any) -> tuple[Stage, ...]:
     """One stage an expert, each a unit."""
-    return tuple(_expert(k) for k in range(config.trajectories.experts))
+    return tuple(_expert(k, config) for k in range(config.trajectories.experts))
 
 
 def classifiers(config: Any) -> tuple[Stage, ...]:
     """One stage an expert: its classifier, trained once more. Reads what `experts` makes."""
-    return tuple(_classifier(k) for k in range(config.trajectories.experts))
+    return tuple(_classifier(k, config) for k in range(config.trajectories.experts))
 
 
-def _expert(k: int) -> Stage:
+def _expert(k: int, config: Any) -> Stage:
     return Stage(
         name=f"trajectory/{k:03d}",
         kind="trajectory",
@@ -34,11 +34,11 @@ def _expert(k: int) -> Stage:
         run=f"{HERE}.train:run",
         reads={
             "trajectory": Section(TRAJECTORIES, Trajectory),
-            "images": Section("data", Seen),
+            **seen(config),
             **places("seed"),
         },
         given={"expert": k},
-        inputs={"shard": "shard"},
+        inputs=real(config),
         division=Division.UNITS,
         group=TRAJECTORIES,
         cost=f"{HERE}.cost:trajectory",
@@ -48,7 +48,7 @@ def _expert(k: int) -> Stage:
     )
 
 
-def _classifier(k: int) -> Stage:
+def _classifier(k: int, config: Any) -> Stage:
     return Stage(
         name=f"classifier/{k:03d}",
         kind="classifier",
@@ -57,11 +57,11 @@ def _classifier(k: int) -> Stage:
         reads={
             "classifier": Section(CLASSIFIERS, Classifier),
             "network": Section(TRAJECTORIES, Network),
-            "images": Section("data", Seen),
+            **seen(config),
             **places("seed"),
         },
         given={"expert": k},
-        inputs={"shard": "shard", "trajectory": f"trajectory/{k:03d}"},
+        inputs={**real(config), "trajectory": f"trajectory/{k:03d}"},
         division=Division.UNITS,
         group=CLASSIFIERS,
         cost=f"{HERE}.cost:classifier",

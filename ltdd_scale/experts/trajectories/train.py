@@ -103,7 +103,7 @@ def batches(
     return Batches(
         images=open_images(split, seen, device, context.workers),
         order=order,
-        normalize=prepare(split, device),
+        normalize=prepare(split, device, context.inputs.get("zca")),
         strategy=siamese.choices(shown.dsa, seen.mirror),
         size=seen.resolution,
         device=device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.experts.trajectories import stage as trajectories
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectory
 from ltdd_scale.methods.contract import Method
@@ -32,9 +32,9 @@ def stages(config: Any) -> tuple[Stage, ...]:
             "trajectory": Section("trajectories", Trajectory),
             **({"classifier": Section("classifiers", Classifier)} if decoupled else {}),
             **places("seed", "ipc"),
-            "images": Section("data", Seen),
+            **seen(config),
         },
-        inputs={"shard": "shard", **{e.name: e.name for e in (*experts, *classifiers)}},
+        inputs={**real(config), **{e.name: e.name for e in (*experts, *classifiers)}},
         division=Division.RANKS,
         cost=f"{HERE}.plan:cost",
         check=f"{HERE}.plan:check",
@@ -68,4 +68,5 @@ DAMED = Method(
     distilled="match",
     check=check,
     learned=lambda config: config.damed.learn_labels,
+    whitened=True,
 )

@@ -30,6 +30,7 @@ def pieces(settings: Any, facts: Facts) -> int:
 
 def cost(settings: Any, facts: Facts) -> Cost:
     """A pass over the real images; over the synthetic ones forward and, to the pixels, backward."""
+    from ltdd_scale.data import whitening
     from ltdd_scale.models import flops  # torch: only where it is asked for
 
     dm, ipc, size = settings.dm, settings.ipc, settings.images.resolution
@@ -39,8 +40,8 @@ def cost(settings: Any, facts: Facts) -> Cost:
     pixels = 3 * size * size
     held = max(sum(facts.counts[c] for c in chunk) for chunk in divide(facts.num_classes))
     return Cost(
-        flops=dm.iterations * images * one.flops,
-        memory=held * pixels,
+        flops=dm.iterations * (images * one.flops + whitening.flops(settings, images)),
+        memory=held * pixels + whitening.held(settings, inverse=True),
         activations=max(shown) * (one.passing + 4 * pixels) + ipc * (one.activations + 4 * pixels),
         disk=ipc * facts.num_classes * pixels,
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.methods.contract import Method
 from ltdd_scale.methods.dm.settings import Dm
-from ltdd_scale.stage import Division, Section, Stage, places
+from ltdd_scale.stage import Division, Stage, places
 
 HERE = "ltdd_scale.methods.dm"
 
@@ -25,9 +25,9 @@ def stages(config: Any) -> tuple[Stage, ...]:
         reads={
             "dm": "dm",
             **places("seed", "ipc", "runtime.precision"),
-            "images": Section("data", Seen),
+            **seen(config),
         },
-        inputs={"shard": "shard"},
+        inputs=real(config),
         division=Division.CHUNKS,
         pieces=f"{HERE}.chunks:pieces",
         cost=f"{HERE}.chunks:cost",
@@ -43,4 +43,5 @@ DM = Method(
     sections={"dm": Dm},
     stages=stages,
     distilled="match",
+    whitened=True,
 )

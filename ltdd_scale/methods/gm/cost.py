@@ -25,6 +25,7 @@ def efforts(gm: Gm, ipc: int, counts: Sequence[int]) -> list[int]:
 def cost(settings: Any, facts: Facts) -> Cost:
     """Gradients of real images, gradients with their own graph of synthetic ones, and the training
     of the networks between the outer steps, which every rank does."""
+    from ltdd_scale.data import whitening
     from ltdd_scale.models import flops  # torch: only where it is asked for
 
     gm, ipc, size = settings.gm, settings.ipc, settings.images.resolution
@@ -38,9 +39,11 @@ def cost(settings: Any, facts: Facts) -> Cost:
     weights = one.parameters + (one.features + 1) * facts.num_classes
     # Images, momentum and gradients, and vectors of weights: theirs, and two gradients.
     held = flops.FLOAT * (3 * images * pixels + 4 * weights)
+    seen = sum(min(gm.real_batch, n) for n in facts.counts) + 2 * images
+    whitened = whitening.flops(settings, gm.networks * gm.outer_steps * seen)
     return Cost(
-        flops=passes * one.flops,
-        memory=held + facts.num_images * pixels,
+        flops=passes * one.flops + whitened,
+        memory=held + facts.num_images * pixels + whitening.held(settings, inverse=True),
         activations=max(shown, trained, GRAPHS * ipc) * (one.activations + flops.FLOAT * pixels),
         disk=images * pixels,
     )

@@ -189,7 +189,7 @@ def descend(matching: Matching, state: State, collected: Tensor) -> None:
     grad = collected[:, :-1].reshape(state.images.shape)
     state.velocity.mul_(matching.settings.momentum).add_(grad)
     state.images.sub_(state.velocity, alpha=matching.settings.lr)
-    matching.pixels.clamp(state.images)
+    matching.pixels.clamp(state.images, matching.ranks)
 
 
 def train(matching: Matching, state: State, t: int) -> Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.methods.contract import Method
 from ltdd_scale.methods.gm.settings import Gm
-from ltdd_scale.stage import Division, Section, Stage, places
+from ltdd_scale.stage import Division, Stage, places
 
 HERE = "ltdd_scale.methods.gm"
 
@@ -25,9 +25,9 @@ def stages(config: Any) -> tuple[Stage, ...]:
         reads={
             "gm": "gm",
             **places("seed", "ipc", "runtime.precision"),
-            "images": Section("data", Seen),
+            **seen(config),
         },
-        inputs={"shard": "shard"},
+        inputs=real(config),
         division=Division.RANKS,
         cost=f"{HERE}.cost:cost",
         check=f"{HERE}.cost:check",
@@ -57,4 +57,5 @@ GM = Method(
     stages=stages,
     distilled="match",
     check=check,
+    whitened=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data import siamese
+from ltdd_scale.data import siamese, whitening
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.trajectories.settings import Trajectory
 from ltdd_scale.methods.matching.settings import Unrolled
@@ -56,10 +56,13 @@ def cost(settings: Any, own: Unrolled, facts: Facts, steps: float) -> Cost:
     small, pixels = facts.num_classes * settings.ipc, 3 * size * size
     batch = min(own.batch_size, small)
     weights = sum(parameters(trajectory, size, facts.num_classes))
+    # All images there and back to valid pixels, once an iteration.
+    whitened = whitening.flops(settings, 2 * own.iterations * small)
+    # Images with gradient and momentum, and all of it once more in what ranks exchange.
+    held = flops.FLOAT * ((own.inner_steps + 8) * weights + 6 * small * pixels)
     return Cost(
-        flops=own.iterations * own.segments * steps * batch * PASSES * one.flops,
-        # Images with gradient and momentum, and all of it once more in what ranks exchange.
-        memory=flops.FLOAT * ((own.inner_steps + 8) * weights + 6 * small * pixels),
+        flops=own.iterations * own.segments * steps * batch * PASSES * one.flops + whitened,
+        memory=held + whitening.held(settings, inverse=True),
         activations=batch * GRAPH * (one.activations + flops.FLOAT * pixels),
         disk=small * pixels,
     )

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ltdd_scale.data import chosen, distilled
+from ltdd_scale.data import chosen, distilled, whitening
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images
 from ltdd_scale.data.loader import stream_images
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.data.whitening import Whitening
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import rng
+from ltdd_scale.runtime.ranks import Ranks, rng
 
 DECODED = 256  # images decoded at once
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """The normalisation of the real set: `mean`, `std` float32 [1, 3, 1, 1]."""
+    """The normalisation of the real set: `mean`, `std` float32 [1, 3, 1, 1]. Where there is a
+    `whitening`, normalised images are whitened ones."""
 
     mean: Tensor
     std: Tensor
+    whitening: Whitening | None = None
 
     @staticmethod
-    def of(split: ShardSplit, device: torch.device) -> Pixels:
+    def of(split: ShardSplit, device: torch.device, zca: Path | None = None) -> Pixels:
+        """`zca`: the folder of the stage "whiten", where there is one."""
         mean, std = (
             torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (split.mean, split.std)
         )
-        return Pixels(mean, std)
+        white = None if zca is None else whitening.load(zca / whitening.FILE, device)
+        return Pixels(mean, std, white)
 
     @property
     def device(self) -> torch.device:
@@ -41,14 +47,27 @@ class Pixels:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, R, R] → float32 of the same shape."""
+        if self.whitening is not None:
+            return self.whitening(pixels.float() / 255)
         return (pixels.float() / 255 - self.mean) / self.std
 
-    def clamp(self, images: Tensor) -> None:
-        """Back to valid pixels, in place: what is learned is what an 8-bit image can show."""
-        images.data.clamp_((0 - self.mean) / self.std, (1 - self.mean) / self.std)
+    def clamp(self, images: Tensor, ranks: Ranks | None = None) -> None:
+        """Back to valid pixels, in place: what is learned is what an 8-bit image can show.
+
+        `ranks`: where all of them hold the same images.
+        """
+        if self.whitening is None:
+            images.data.clamp_((0 - self.mean) / self.std, (1 - self.mean) / self.std)
+            return
+        self.whitening.clamp(images.data)
+        if ranks is not None:
+            # Of products different GPUs could differ in the last bits.
+            ranks.broadcast_tensor(images.data)
 
     def to_uint8(self, images: Tensor) -> np.ndarray:
         """Normalised images [n, 3, R, R] → uint8."""
+        if self.whitening is not None:
+            return distilled.to_uint8(self.whitening.back(images))
         return distilled.to_uint8(images * self.std + self.mean)
 
 
@@ -117,4 +136,4 @@ def open_real(ipc: int, seed: int, seen: Seen, context: Context) -> tuple[Pixels
     start = chosen.random_real(split.labels, num_classes, ipc, seed).reshape(num_classes, ipc)
     images = stream_images(split, seen, device, context.workers)
     real = RealSet(images, split.labels, split.names, start, seen.resolution, device)
-    return Pixels.of(split, device), real
+    return Pixels.of(split, device, context.inputs.get("zca")), real

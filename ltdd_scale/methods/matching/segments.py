@@ -140,7 +140,7 @@ class Matching:
             if not (math.isfinite(distance) and math.isfinite(gradients)):
                 raise UserError(self._diverged(t, j, distance))
         self.synthetic.step(total / numbers)
-        self.pixels.clamp(self.synthetic.images)
+        self.pixels.clamp(self.synthetic.images, self.ranks)
         return sum(distance for distance, _ in told) / numbers
 
     def check_state(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.experts.trajectories import stage as trajectories
 from ltdd_scale.experts.trajectories.settings import Trajectory
 from ltdd_scale.methods.contract import Method
@@ -28,9 +28,9 @@ def stages(config: Any) -> tuple[Stage, ...]:
             "mtt": "mtt",
             "trajectory": Section("trajectories", Trajectory),
             **places("seed", "ipc"),
-            "images": Section("data", Seen),
+            **seen(config),
         },
-        inputs={"shard": "shard", **{e.name: e.name for e in experts}},
+        inputs={**real(config), **{e.name: e.name for e in experts}},
         division=Division.RANKS,
         cost=f"{HERE}.plan:cost",
         check=f"{HERE}.plan:check",
@@ -46,4 +46,5 @@ MTT = Method(
     sections={"mtt": Mtt},
     stages=stages,
     distilled="match",
+    whitened=True,
 )
