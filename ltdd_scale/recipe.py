@@ -6,6 +6,7 @@ from typing import Any
 
 from ltdd_scale.config.root import Config
 from ltdd_scale.data.stage import stage as shard
+from ltdd_scale.data.stage import whiten
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.experts.stage import stage as expert
 from ltdd_scale.judging.catalog import PROTOCOLS
@@ -25,6 +26,7 @@ def stages(config: Any, source: str) -> tuple[Stage, ...]:
     own = method.stages(config)
     return (
         shard(source),
+        *whiten(config),
         *(expert(role, config) for role in wanted),
         *own,
         relabel(config, method.distilled),
@@ -37,7 +39,8 @@ def experts(config: Any) -> tuple[str, ...]:
     method, protocol = METHODS[config.method], PROTOCOLS[config.protocol]
     labels = KINDS[config.relabel.labels].teacher
     teacher = ("teacher",) if labels or protocol.teacher(config) else ()
-    asked = {*method.experts(config), *teacher}
+    observer = ("observer",) if protocol.observer(config) else ()
+    asked = {*method.experts(config), *teacher, *observer}
     return tuple(role for role in ROLES if role in asked)
 
 
@@ -54,9 +57,14 @@ def roles(config: Any) -> Roles:
 
 
 def commands() -> dict[str, str]:
-    """Every job of every method, and what it does: name → help. These are commands too."""
+    """Every job of every method and protocol, and what it does: name → help. These are commands
+    too."""
     out: dict[str, str] = {}
-    for name in METHODS:
-        for stage in stages(Config(method=name), ""):
+    for name, method in METHODS.items():
+        config = Config(method=name, data={"zca": method.whitened})
+        for stage in stages(config, ""):
+            out.setdefault(stage.job, stage.help)
+    for name in PROTOCOLS:
+        for stage in stages(Config(protocol=name), ""):
             out.setdefault(stage.job, stage.help)
     return out

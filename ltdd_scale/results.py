@@ -11,6 +11,9 @@ from typing import Any
 NUMBERS = ("top1", "balanced", "top5", "class_std", "many", "medium", "few")
 SETS = ("random", "initial", "distilled", "full", "plain")
 WHOLE_SETS = ("full", "plain")  # all images of the long-tailed set, whatever the IPC
+GROUPS_PART = "groups"  # the part of a student that tells groups of classes apart
+# Candidates of two_stage.first and two_stage.second that are trained for it: on which set.
+TRAINED = {"trained_whole": "plain", "trained_distilled": "distilled", "trained_random": "random"}
 
 
 def labels_of(which: str, summary: Mapping[str, Any]) -> str:
@@ -22,21 +25,30 @@ def labels_of(which: str, summary: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Student:
-    """One network trained from scratch: on which images, with which labels, which net and seed."""
+    """One network trained from scratch: on which images, with which labels, which net and seed.
+
+    `part` is what it tells apart: nothing stands for all classes, `GROUPS_PART` for groups of
+    classes, "g0", "g1", … for the classes of one group.
+    """
 
     set: str  # one of SETS
     labels: str  # the name of a label kind
     net: str
     seed: int
+    part: str = ""
 
     @property
     def name(self) -> str:
         """The name of its stage: ``student/distilled-online-convnet3-s0``."""
-        return f"student/{self.set}-{self.labels}-{self.net}-s{self.seed}"
+        part = f"-{self.part}" if self.part else ""
+        return f"student/{self.set}-{self.labels}-{self.net}-s{self.seed}{part}"
 
     @property
     def title(self) -> str:
-        return f"{self.set} {self.labels} {self.net} seed {self.seed}"
+        part = f" {self.part}" if self.part else ""
+        return f"{self.set} {self.labels} {self.net} seed {self.seed}{part}"
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Its fields; `part` is left out where it is all classes."""
+        fields = dataclasses.asdict(self)
+        return fields if self.part else {k: v for k, v in fields.items() if k != "part"}

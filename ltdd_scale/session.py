@@ -68,7 +68,10 @@ class Session:
             "initial": roles.initial,
             "labels": roles.labels,
             "teacher": "teacher" if "teacher" in self.nodes else "",
+            "zca": "whiten" if "whiten" in self.nodes else "",
             "verdict": recipe.VERDICT,
+            "grouping": "grouping" if "grouping" in self.nodes else "",
+            "embedding": "embedding" if "embedding" in self.nodes else "",
         }
         folders = {r: self.nodes[n].folder(self.store) if n else None for r, n in names.items()}
         return Material(

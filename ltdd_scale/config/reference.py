@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ltdd_scale.config.root import Config
+from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.methods.catalog import METHODS
 from ltdd_scale.settings import Settings, shown_type
 
 
 def reference() -> str:
     lines: list[str] = []
-    owners = {name: m.name for m in METHODS.values() for name in m.sections}
+    owners = {name: f"method {m.name}" for m in METHODS.values() for name in m.sections}
+    owners |= {name: f"protocol {p.name}" for p in PROTOCOLS.values() for name in p.sections}
 
     def walk(target: Settings, prefix: str) -> None:
         nested = []
@@ -23,7 +25,7 @@ def reference() -> str:
         for value, inner in nested:
             about = (type(value).__doc__ or "").splitlines()[0]
             name = inner.rstrip(".")
-            of = f" (method {owners[name]})" if name in owners else ""
+            of = f" ({owners[name]})" if name in owners else ""
             lines.append(f"\n# {name}{of}: {about}")
             walk(value, inner)
 

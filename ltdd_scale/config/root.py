@@ -15,6 +15,7 @@ from ltdd_scale.judging.settings import Evaluate
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.settings import Relabel
 from ltdd_scale.methods.catalog import METHODS
+from ltdd_scale.publish.settings import Publish
 from ltdd_scale.runtime.settings import Runtime
 from ltdd_scale.settings import Settings, Text, Whole, option
 
@@ -36,6 +37,7 @@ class _Common(Settings):
 class _Above(Settings):
     relabel: Relabel = Relabel()
     evaluate: Evaluate = Evaluate()
+    publish: Publish = Publish()
     runtime: Runtime = Runtime()
 
 
@@ -64,11 +66,15 @@ def check(config: Any) -> list[str]:
             raise UserError(f"{name}: {getattr(config, name)!r} is none of {', '.join(catalog)}")
     _check_labels(config, warnings)
     _check_data(config, warnings)
+    _check_whitening(config, warnings)
+    _check_publish(config, warnings)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if not config.evaluate.nets:
         raise UserError("evaluate.nets: name at least one network, such as [convnet3]")
     warnings += METHODS[config.method].check(config)
+    warnings += PROTOCOLS[config.protocol].check(config)
+    _check_protocols(config, warnings)
     warnings += without_effect(config)
     if config.train.engine == "deepspeed" and config.train.compile:
         raise UserError("train.compile works with train.engine=ddp only")
@@ -83,6 +89,13 @@ def check(config: Any) -> list[str]:
         if not config.train.debias and expert.contrast != 1.0:
             warnings.append(f"{role}.contrast has no effect with train.debias=false")
     return warnings
+
+
+def _check_protocols(config: Any, warnings: list[str]) -> None:
+    others = (p for name, p in PROTOCOLS.items() if name != config.protocol)
+    for section, kind in ((s, k) for p in others for s, k in p.sections.items()):
+        if getattr(config, section) != kind():
+            warnings.append(f"{section} has no effect with protocol={config.protocol}")
 
 
 def _check_labels(config: Any, warnings: list[str]) -> None:
@@ -138,3 +151,33 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         )
     if data.profile != "exponential" and data.imbalance_factor != 1:
         warnings.append(f"data.imbalance_factor has no effect with data.profile={data.profile}")
+
+
+def _check_whitening(config: Any, warnings: list[str]) -> None:
+    if not config.data.zca:
+        if config.data.zca_eps != Data().zca_eps:
+            warnings.append("data.zca_eps has no effect with data.zca=false")
+        return
+    able = [name for name, method in METHODS.items() if method.whitened]
+    if config.method not in able:
+        raise UserError(
+            f"data.zca: method={config.method} sees normalised images only; choose one of "
+            f"{', '.join(able)}, or set data.zca=false"
+        )
+    # It would have to be trained on whitened images.
+    labels = KINDS[config.relabel.labels].teacher
+    if labels or PROTOCOLS[config.protocol].teacher(config):
+        others = [name for name, kind in KINDS.items() if not kind.teacher]
+        raise UserError(
+            "data.zca: a teacher sees normalised images only, so labels must not need one: set "
+            f"relabel.labels (now {config.relabel.labels}) to {' or '.join(others)}, and "
+            "evaluate.matrix and evaluate.plain accordingly; or set data.zca=false"
+        )
+
+
+def _check_publish(config: Any, warnings: list[str]) -> None:
+    publish = config.publish
+    if publish.images in ("png", "webp") and publish.quality != Publish().quality:
+        warnings.append(f"publish.quality has no effect with publish.images={publish.images}")
+    if publish.license_link and not publish.license:
+        warnings.append("publish.license_link has no effect without publish.license")

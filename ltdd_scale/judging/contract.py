@@ -29,11 +29,14 @@ class Roles:
 class Protocol:
     """`stages(config, roles)` trains and judges; the last one holds ``results.json``.
 
-    `teacher(config)`: whether one of them reads the teacher. `sections` are its own sections of the
-    config, beside `evaluate`.
+    `teacher(config)`, `observer(config)`: whether one of them reads this expert. `sections` are its
+    own sections of the config, beside `evaluate`. `check(config)` raises `UserError` for settings
+    that cannot work together, and returns warnings about settings without effect.
     """
 
     name: str
     stages: Callable[[Any, Roles], tuple[Stage, ...]]
     teacher: Callable[[Any], bool]
+    observer: Callable[[Any], bool] = lambda config: False
     sections: Mapping[str, type[Settings]] = field(default_factory=dict)
+    check: Callable[[Any], list[str]] = lambda config: []

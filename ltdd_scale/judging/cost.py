@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ltdd_scale.data import whitening
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.models import flops
-from ltdd_scale.results import WHOLE_SETS
+from ltdd_scale.results import GROUPS_PART, WHOLE_SETS
 from ltdd_scale.stage import Cost, Facts
 
 FLOAT = 4  # bytes
@@ -19,20 +20,26 @@ def student(settings: Any, facts: Facts) -> Cost:
     who, seen = settings.student, settings.images
     whole = who["set"] in WHOLE_SETS
     images = facts.num_images if whole else facts.num_classes * settings.ipc
+    if who.get("part", GROUPS_PART) != GROUPS_PART:  # those of one group; which is not known yet
+        images = -(-images // settings.groups)
     net = (who["net"], settings.width, settings.norm, seen.resolution)
     passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
     held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
     return Cost(
-        flops=settings.epochs * images * passes * flops.forward(*net),
-        memory=held + COPIES * weights,
+        flops=settings.epochs * images * passes * flops.forward(*net)
+        + whitening.flops(settings, settings.epochs * images),
+        memory=held + COPIES * weights + whitening.held(settings),
         activations=batch * flops.activations(*net),
         disk=(COPIES - 1) * weights,  # of a checkpoint, until the student is done
     )
 
 
 def verdict(settings: Any, facts: Facts) -> Cost:
-    """The judged images in memory. What the judged networks cost is not known here, and little."""
+    """The judged images and tables of their logits in memory: more of them for pairs of stages.
+    What the judged networks cost is not known here, and little."""
     seen = settings.images
-    return Cost(memory=min(facts.judged * 3 * seen.resolution**2, seen.memory_gb * 2**30))
+    held = min(facts.judged * 3 * seen.resolution**2, seen.memory_gb * 2**30)
+    tables = 6 if "first" in settings else 2
+    return Cost(memory=held + tables * FLOAT * facts.judged * facts.num_classes)

@@ -49,11 +49,11 @@ def logit_adjusted(logits: Tensor, counts: np.ndarray, tau: float = 1.0) -> Tens
     return logits - tau * torch.from_numpy(np.log(prior)).float().to(logits.device)
 
 
-def mean_of(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation (``…_std``) of each number over rows of `metrics`, with
-    "num_seeds" and the mean "per_class"."""
+def mean_of(members: Sequence[dict[str, Any]], numbers: Sequence[str] = NUMBERS) -> dict[str, Any]:
+    """Mean and sample standard deviation (``…_std``) of each of `numbers` over rows of `metrics`,
+    with "num_seeds" and the mean "per_class"."""
     out: dict[str, Any] = {"num_seeds": len(members)}
-    for number in NUMBERS:
+    for number in numbers:
         values = [m[number] for m in members if m[number] is not None]
         out[number] = round(float(np.mean(values)), 2) if values else None
         spread = round(float(np.std(values, ddof=1)), 2) if len(values) > 1 else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.settings import Views
-from ltdd_scale.settings import Number, Switch, Text, Whole, option
+from ltdd_scale.settings import Number, Settings, Switch, Text, Whole, option
 
 
 class Training(Views):
@@ -69,4 +72,92 @@ class Evaluate(Training):
     )
     split: Literal["test", "val"] = option(
         "test", "what students are judged on; choose settings on 'val' only"
+    )
+    embedding: Switch = option(
+        True, "t-SNE of the judged images' features, for the page; some seconds"
+    )
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A rule that groups classes. `function` is named as ``package.module:function`` (see
+    `judging/criteria.py`); it is given what a network says of the classes: their mean features,
+    with `centres` k-means centres of each class, with `confusion` mean probabilities."""
+
+    name: str
+    function: str
+    centres: bool = False
+    confusion: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("maxcut", "ltdd_scale.judging.criteria:maxcut", centres=True),
+        Criterion("linkage", "ltdd_scale.judging.criteria:linkage"),
+        Criterion("confusion", "ltdd_scale.judging.criteria:confusion", confusion=True),
+        Criterion("given", "ltdd_scale.judging.criteria:given"),
+        Criterion("random", "ltdd_scale.judging.criteria:random"),
+    )
+}
+
+
+def _criterion(value: str) -> str:
+    if value not in CRITERIA:
+        raise ValueError(f"{value!r} is none of {', '.join(CRITERIA)}")
+    return value
+
+
+class Grouping(Settings):
+    """How classes are grouped."""
+
+    groups: Whole = option(
+        2,
+        "number of groups, at most half the classes; 0: by the best silhouette (up to 50), with "
+        "restricted students only in the second stage",
+        low=0,
+    )
+    smallest: Whole = option(2, "smallest number of classes in a group", low=1)
+    criterion: Annotated[Text, AfterValidator(_criterion)] = option(
+        "maxcut",
+        "maxcut: the published rule, groups far apart by k-means centres of their classes; "
+        "linkage: average linkage on the distances of class means; confusion: the same on the "
+        "symmetrised soft confusion; given: two_stage.given; random: the control",
+    )
+    given: list[list[Text]] = option([], "given: the groups, each its classes by name or number")
+    network: Literal["plain", "teacher", "observer", "distilled"] = option(
+        "plain",
+        "the network whose features group the classes: the plain one on the whole set, the "
+        "teacher, the observer, the first student of the distilled set",
+    )
+    features_per_class: Whole = option(200, "training images a class that it looks at", low=1)
+    centres: Whole = option(5, "maxcut: k-means centres a class", low=1)
+
+
+Candidate = Literal[
+    "trained_whole",
+    "trained_distilled",
+    "trained_random",
+    "plain",
+    "plain_adjusted",
+    "teacher",
+    "distilled",
+    "random",
+    "full",
+]
+
+
+class TwoStage(Grouping):
+    """First the group of an image, then its class in the group."""
+
+    first: list[Candidate] = option(
+        ["trained_whole", "trained_distilled", "plain", "plain_adjusted", "teacher", "distilled"],
+        "what tells the group: trained_…: a group classifier trained on the whole set, the "
+        "distilled one, random real images; else the summed probabilities of a network of the "
+        "run, which cost nothing (networks that the run has not are left out)",
+    )
+    second: list[Candidate] = option(
+        ["trained_distilled", "distilled", "random", "plain_adjusted"],
+        "what tells the class in the group: trained_…: a student a group, of its images only; "
+        "else a network of the run restricted to the group, which costs nothing",
     )

@@ -7,9 +7,10 @@ chosen on the test set: the last weights count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.stage import real, seen
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
@@ -48,16 +49,26 @@ def students(config: Any, roles: Roles) -> list[tuple[Student, int]]:
 
     The plain network comes last: a student of the whole set with hard labels, trained once.
     """
+    once = 1 if config.evaluate.plain == "own" else 0
+    return ordinary(config, roles) + plain(config, once)
+
+
+def ordinary(config: Any, roles: Roles) -> list[tuple[Student, int]]:
+    """The students without the plain network."""
     settings, out = config.evaluate, []
     for net in settings.nets:
         for which, labels in _cells(config, roles):
             epochs = settings.full_epochs if which == "full" else settings.epochs
             seeds = range(config.seed, config.seed + settings.seeds)
             out += [(Student(which, labels, net, seed), epochs) for seed in seeds]
-    if settings.plain == "own":
-        plain = Student("plain", HARD, settings.nets[0], config.seed)
-        out.append((plain, settings.plain_epochs))
     return out
+
+
+def plain(config: Any, num_seeds: int) -> list[tuple[Student, int]]:
+    """The plain network on the whole set, of as many seeds."""
+    net, epochs = config.evaluate.nets[0], config.evaluate.plain_epochs
+    seeds = range(config.seed, config.seed + num_seeds)
+    return [(Student("plain", HARD, net, seed), epochs) for seed in seeds]
 
 
 def needs_teacher(config: Any) -> bool:
@@ -65,14 +76,20 @@ def needs_teacher(config: Any) -> bool:
     return config.evaluate.plain == "expert" or any(KINDS[k].teacher for k in kinds)
 
 
-def _student(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
-    inputs = {"shard": "shard"}
+def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
+    """The record of one student. One of a part of the classes is in a group of its own: it needs
+    the groups, and these need another student."""
+    inputs = real(config)
     if KINDS[student.labels].teacher:
         inputs["teacher"] = "teacher"
     if student.set in ("distilled", "initial"):
         inputs["images"] = roles.distilled if student.set == "distilled" else roles.initial
     if student.set == "distilled" and student.labels == config.relabel.labels:
         inputs["labels"] = roles.labels
+    given: dict[str, Any] = {"student": student.to_dict(), "epochs": epochs}
+    if student.part:
+        inputs["grouping"] = "grouping"
+        given["groups"] = groups_of(config)
     small = student.set not in WHOLE_SETS
     return Stage(
         name=student.name,
@@ -85,40 +102,86 @@ def _student(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
             **(places("ipc") if small else {}),
             **label_reads(student.labels),
             **places("seed", "runtime.precision"),
-            "images": Section("data", Seen),
+            **seen(config),
         },
-        given={"student": student.to_dict(), "epochs": epochs},
+        given=given,
         inputs=inputs,
         division=Division.UNITS,
-        group="students",
+        group="group-students" if student.part else "students",
         cost="ltdd_scale.judging.cost:student",
         check="ltdd_scale.judging.student:check",
-        help="train and judge students",
+        help="train students of groups of classes" if student.part else "train and judge students",
     )
 
 
+def groups_of(config: Any) -> int:
+    """The number of groups of classes; 0 where it is not known before they are found."""
+    given = config.two_stage.criterion == "given"
+    return len(config.two_stage.given) if given else config.two_stage.groups
+
+
+def first_of(which: str, found: list[tuple[Student, int]]) -> Student | None:
+    """The first student of a set: of the configured labels, the first net and the first seed."""
+    return next((s for s, _ in found if s.set == which and not s.part), None)
+
+
+def embedding(config: Any, found: list[tuple[Student, int]]) -> tuple[Stage, ...]:
+    """The stage that draws judged images by the features of networks, where it is asked for."""
+    if not config.evaluate.embedding:
+        return ()
+    shown = {
+        title: first.name
+        for title, which in (("plain, whole set", "plain"), ("distilled", "distilled"))
+        if (first := first_of(which, found))
+    }
+    stage = Stage(
+        name="embedding",
+        kind="embedding",
+        version=1,
+        run="ltdd_scale.judging.embedding:run",
+        reads={**places("evaluate.split", "runtime.precision"), **seen(config)},
+        given={"titles": list(shown)},
+        inputs={**real(config), **shown},
+        division=Division.ONE,
+        help="draw the judged images by their features (t-SNE)",
+    )
+    return (stage,)
+
+
 def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
-    units = [_student(s, epochs, config, roles) for s, epochs in students(config, roles)]
+    found = students(config, roles)
+    units = [unit(student, epochs, config, roles) for student, epochs in found]
+    drawn = embedding(config, found)
+    return (*units, *drawn, verdict(config, roles, (*units, *drawn), {}))
+
+
+def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[str, Any]) -> Stage:
+    """The last stage, which reads all stages `above`. `more`: what it reads of the config beside
+    what every verdict does."""
+    settings = config.evaluate
     judged = {title: stage for title, (stage, _) in roles.judged.items()}
-    verdict = Stage(
+    return Stage(
         name="evaluate",
         kind="evaluate",
-        version=2,
+        version=3,
         run="ltdd_scale.judging.verdict:run",
         reads={
             **places("seed", "relabel.labels", "evaluate.split", "evaluate.matrix"),
             **places("evaluate.plain", "runtime.precision"),
+            # What labels cost.
+            **places("ipc", "relabel.topk", "evaluate.epochs", "evaluate.full_epochs"),
+            "label_epochs": "relabel.epochs",
             # Which head of the teacher is its plain one.
-            **(places("train.debias") if config.evaluate.plain == "expert" else {}),
-            "images": Section("data", Seen),
+            **(places("train.debias") if settings.plain == "expert" else {}),
+            **more,
+            **seen(config),
         },
         given={"judged": {title: list(where) for title, where in roles.judged.items()}},
-        inputs={"shard": "shard", **judged, **{s.name: s.name for s in units}},
+        inputs={**real(config), **judged, **{s.name: s.name for s in above}},
         division=Division.ONE,
         cost="ltdd_scale.judging.cost:verdict",
         help="train and judge students",
     )
-    return (*units, verdict)
 
 
 SINGLE_STAGE = Protocol("single_stage", stages, needs_teacher)

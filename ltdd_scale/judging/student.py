@@ -1,7 +1,8 @@
 """Stage "student": one network trained from scratch on one set of images, and judged once.
 
 The set is the distilled images, those they started from, random real images of the same IPC, or
-the whole long-tailed set. Nothing is chosen on the test set: the last weights count.
+the whole long-tailed set. Under the protocol two_stage a student may tell apart a part of the
+classes only (`subsets.py`). Nothing is chosen on the test set: the last weights count.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ltdd_scale.data import chosen, distilled
 from ltdd_scale.data.augment import ViewSpec
@@ -19,17 +21,18 @@ from ltdd_scale.data.loader import open_images, prepare, stream_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging.metrics import logit_adjusted, metrics
+from ltdd_scale.judging.saved import LOGITS
+from ltdd_scale.judging.subsets import Part, part_of
 from ltdd_scale.judging.training import Setup, train
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Labels, Maker
 from ltdd_scale.labels.views import view_spec
 from ltdd_scale.models import frozen, registry
-from ltdd_scale.results import WHOLE_SETS, Student
+from ltdd_scale.results import NUMBERS, WHOLE_SETS, Student
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 
 PLAIN = "plain"  # the set of the plain network, which is judged with logit adjustment too
-LOGITS = "logits.npy"  # of the judged images, float16 [N, C]
 WEIGHTS = "weights.pt"
 
 
@@ -47,9 +50,11 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     """
     who, ranks = Student(**settings.student), context.ranks
     split = ShardSplit(context.input("shard"), "train")
-    setup = _setup(who, settings, context, split)
+    part = part_of(who.part, context.input("grouping")) if who.part else None
+    setup = _setup(who, settings, context, split, part)
     shape = (settings.width, settings.norm, settings.images.resolution)
-    recipe = frozen.recipe(who.net, *shape, len(split.classes))
+    num_classes = part.num_classes if part else len(split.classes)
+    recipe = frozen.recipe(who.net, *shape, num_classes)
     average, history = train(setup, ranks.to_device(build(recipe, setup.key)), context)
     if not math.isfinite(history[-1]):
         rate = settings.training.lr
@@ -58,9 +63,9 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     test = open_images(held, settings.images, ranks.device, context.workers)
     kept = frozen.predict(average, test, setup.normalize, ranks).half()
     logits = kept.float()
-    result = metrics(logits, held.labels, groups)
+    result = metrics(logits, held.labels, groups) if part is None else _of_part(part, logits, held)
     row = {**who.to_dict(), "ipc": settings.ipc if "ipc" in settings else None, **result}
-    if who.set == PLAIN:
+    if who.set == PLAIN and part is None:
         row["adjusted"] = metrics(logit_adjusted(logits, split.counts), held.labels, groups)
     losses = [round(loss, 5) for loss in history]
     frozen.save(context.out / WEIGHTS, recipe, average)
@@ -70,9 +75,9 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     return {**shown, "note": _note(**shown)}
 
 
-def key_of(seed: int) -> str:
+def key_of(seed: int, part: str = "") -> str:
     """The key of all random draws of the student with this seed."""
-    return f"student {seed}"
+    return f"student {seed} {part}" if part else f"student {seed}"
 
 
 def build(recipe: dict[str, Any], key: str) -> nn.Module:
@@ -85,9 +90,21 @@ def build(recipe: dict[str, Any], key: str) -> nn.Module:
     return registry.seeded(made, key, "weights")
 
 
-def _setup(who: Student, settings: Any, context: Context, split: ShardSplit) -> Setup:
+def _of_part(part: Part, logits: Tensor, held: ShardSplit) -> dict[str, Any]:
+    """`metrics` of logits [N, C'] of the part's own classes, on the judged images of them; none of
+    them many, medium or few. Empty where there are no such images."""
+    members = part.members(held.labels)
+    if not len(members):
+        return dict.fromkeys(NUMBERS) | {"per_class": [None] * part.num_classes}
+    own = part.own(held.labels[members])
+    return metrics(logits[torch.from_numpy(members)], own, [""] * part.num_classes)
+
+
+def _setup(
+    who: Student, settings: Any, context: Context, split: ShardSplit, part: Part | None
+) -> Setup:
     images, seen = _images(who, settings, context, split), settings.images
-    normalize = prepare(split, context.ranks.device)
+    normalize = prepare(split, context.ranks.device, context.inputs.get("zca"))
     maker = Maker(
         images=images,
         teacher=_teacher(context),
@@ -102,14 +119,17 @@ def _setup(who: Student, settings: Any, context: Context, split: ShardSplit) -> 
         ranks=context.ranks,
         learned=_learned(who, context, len(split.classes)),
     )
+    labels = _labels(who.labels, maker, context)
+    if part is not None:
+        images, labels = part.of(images, labels)
     return Setup(
         images=images,
-        labels=_labels(who.labels, maker, context),
+        labels=labels,
         normalize=normalize,
         spec=maker.spec,
         training=settings.training,
         epochs=settings.epochs,
-        key=key_of(who.seed),
+        key=key_of(who.seed, who.part),
         title=who.title,
     )
 
@@ -152,5 +172,7 @@ def _images(who: Student, settings: Any, context: Context, split: ShardSplit) ->
     return MemoryImages(pixels, split.labels[drawn], device)
 
 
-def _note(top1: float, balanced: float, class_std: float) -> str:
+def _note(top1: float | None, balanced: float | None, class_std: float | None) -> str:
+    if top1 is None:
+        return "no image to judge it by"
     return f"{top1:.1f} % (balanced {balanced:.1f}, spread over classes {class_std:.1f})"

@@ -1,4 +1,5 @@
-"""Stage "evaluate": all students' results and the judged networks in one ``results.json``."""
+"""Stage "evaluate": all students' results and the judged networks in one ``results.json``; whom
+they take for whom in ``confusion.npz``."""
 
 from __future__ import annotations
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from ltdd_scale.data.images import Images
 from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.judging import pairs
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
+from ltdd_scale.judging.saved import Saved, save_arrays
 from ltdd_scale.judging.student import PLAIN
 from ltdd_scale.labels.catalog import baseline
+from ltdd_scale.labels.cost import stored_bytes
 from ltdd_scale.models import frozen
 from ltdd_scale.results import WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
@@ -27,13 +31,12 @@ Row = dict[str, Any]
 
 def run(settings: Any, context: Context) -> dict[str, Any]:
     """Write ``results.json``: rows of the configured labels, the summary over seeds, the matrix,
-    and the loss curves of the first seed's students."""
+    and the loss curves of the first seed's students; where classes are grouped, all pairs of two
+    stages (`pairs.py`). And ``confusion.npz``: int32 [C, C], rows are the true classes."""
     if not context.ranks.is_main:
         return {}
-    folders = [f for name, f in context.inputs.items() if name.startswith("student/")]
-    found = [files.read_json(folder / "result.json") for folder in folders]
-    rows = [f["row"] for f in found]
-    test = _test(settings, context)
+    saved = Saved(context.inputs, settings.labels)
+    rows, test = saved.rows, _test(settings, context)
     judged = {
         title: frozen.load(context.input(title) / file, context.ranks)
         for title, (_, file) in settings.judged.items()
@@ -45,12 +48,15 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         "labels": settings.labels,
         "baseline": baseline(settings.labels),
         "balanced_test": is_balanced(test.labels, test.num_classes),
-        "students": summarize(small),
-        "experts": {
-            title: {"net": network.recipe["net"], **test.judge(network)[0]}
-            for title, network in judged.items()
-        },
+        "students": [{**e, "label_bytes": _bytes(e, settings, test)} for e in summarize(small)],
+        "experts": {},
     }
+    logits: dict[str, Tensor] = {}
+    for title, network in judged.items():
+        numbers, found = test.judge(network)
+        summary["experts"][title] = {"net": network.recipe["net"], **numbers}
+        if title == TEACHER:
+            logits[title] = found
     if plain:
         summary["plain"] = plain_students(plain)
     elif settings.plain == "expert" and TEACHER in judged:
@@ -59,10 +65,46 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         "rows": [r for r in rows if _is_shown(r, summary)],
         "summary": summary,
         "matrix": small if settings.matrix else [],
-        "loss_curves": [_curve(f) for f in found if f["row"]["seed"] == settings.seed],
+        "loss_curves": [_curve(f) for f in saved.found if f["row"]["seed"] == settings.seed],
     }
+    confusions = _confusions(saved, settings.seed, test)
+    if "grouping" in context.inputs:
+        told = files.read_json(context.input("grouping") / "grouping.json")
+        table = pairs.Table(
+            saved, logits, test.labels, test.train_counts, test.groups, told["groups"]
+        )
+        results["two_stage"] = {
+            **{key: told[key] for key in ("network", "criterion", "groups")},
+            "rows": pairs.rows(table, settings.first, settings.second),
+        }
+        scores = pairs.paper_scores(table, settings.seed)
+        if scores is not None:
+            confusions["two stages"] = pairs.confusion(scores, test.labels)
+    save_arrays(context.out / "confusion.npz", confusions)
     files.write_json(context.out / "results.json", results)
     return {}
+
+
+def _confusions(saved: Saved, seed: int, test: _Test) -> dict[str, np.ndarray]:
+    """Of the first net and the first seed, with the labels of the result: title → int32 [C, C]."""
+    out = {}
+    for which in ("distilled", "random", PLAIN):
+        logits = saved.logits(which, seed)
+        if logits is None:
+            continue
+        out[which] = pairs.confusion(logits, test.labels)
+        if which == PLAIN:
+            adjusted = logit_adjusted(logits, test.train_counts)
+            out["plain, logit-adjusted"] = pairs.confusion(adjusted, test.labels)
+    return out
+
+
+def _bytes(entry: Row, settings: Any, test: _Test) -> int | None:
+    """Bytes of the labels of a cell of the summary; None where the teacher itself is needed."""
+    whole = entry["set"] in WHOLE_SETS
+    epochs = settings.label_epochs or (settings.full_epochs if whole else settings.epochs)
+    images = int(test.train_counts.sum()) if whole else settings.ipc * test.num_classes
+    return stored_bytes(entry["labels"], images, test.num_classes, epochs, settings.topk)
 
 
 def is_balanced(labels: np.ndarray, num_classes: int) -> bool:
@@ -110,7 +152,7 @@ def _test(settings: Any, context: Context) -> _Test:
         labels=held.labels,
         groups=split.manifest["groups"],
         train_counts=split.counts,
-        normalize=prepare(split, device),
+        normalize=prepare(split, device, context.inputs.get("zca")),
         ranks=context.ranks,
     )
 

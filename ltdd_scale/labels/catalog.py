@@ -10,6 +10,7 @@ from ltdd_scale.labels.settings import Adjusted, Stored
 from ltdd_scale.settings import Settings
 
 HARD = "hard"  # the kind that every image has
+SINGLE = "single"  # the kind that needs neither a teacher nor views once it is made
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Kind:
     each_view: bool = False
     of_set: bool = False
 
+    @property
+    def of_views(self) -> bool:
+        """Whether a student needs the views or the teacher to get them: `relabel` writes single
+        labels beside such."""
+        return self.views or self.each_view
+
     def code(self) -> ModuleType:
         """The module that makes and reads such labels. It imports torch, this file does not."""
         return importlib.import_module(self.module)
@@ -40,7 +47,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("online", "ltdd_scale.labels.online", Adjusted, teacher=True, each_view=True),
         Kind("stored", "ltdd_scale.labels.stored", Stored, teacher=True, views=True),
-        Kind("single", "ltdd_scale.labels.single", Adjusted, teacher=True),
+        Kind(SINGLE, "ltdd_scale.labels.single", Adjusted, teacher=True),
         Kind(HARD, "ltdd_scale.labels.hard", None, teacher=False),
         Kind("learned", "ltdd_scale.labels.learned", None, teacher=False, of_set=True),
     )

@@ -7,7 +7,7 @@ from typing import Any
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.loader import prepare
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.labels.catalog import KINDS, Kind
+from ltdd_scale.labels.catalog import KINDS, SINGLE, Kind
 from ltdd_scale.labels.contract import Maker, label_key
 from ltdd_scale.labels.settings import Views
 from ltdd_scale.labels.views import view_spec
@@ -17,14 +17,18 @@ from ltdd_scale.runtime.context import Context
 
 
 def run(settings: Any, context: Context) -> dict[str, Any]:
-    """Write ``labels.json`` (kind, seed, epochs, τ) and the files of the kind (`Kind.code`)."""
+    """Write ``labels.json`` (kind, seed, epochs, τ) and the files of the kind (`Kind.code`).
+
+    Labels that belong to views come with single ones beside them: the set is of use to people
+    without the teacher, or without our views, too.
+    """
     kind = KINDS[settings.labels]
     facts = {"labels": kind.name, "seed": label_key(settings.seed), "epochs": 0, "tau": 0.0}
-    # Nothing is made here of classes, nor of what the teacher says at student time, unless its
-    # logits are to be adjusted: then τ is found here, once for all students.
-    at_student_time = kind.each_view and not settings.relabel.adjust
-    if kind.of_set or (kind.teacher and not at_student_time):
-        facts |= kind.code().make(_maker(kind, settings, context), context.out, context)
+    if kind.of_set or kind.teacher:  # of classes nothing is made
+        maker = _maker(kind, settings, context)
+        facts |= kind.code().make(maker, context.out, context)
+        if kind.of_views:
+            KINDS[SINGLE].code().make(maker, context.out, context)
     if context.ranks.is_main:
         files.write_json(context.out / "labels.json", facts)
     return facts

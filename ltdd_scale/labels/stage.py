@@ -25,7 +25,7 @@ def stage(config: Any, distilled: str) -> Stage:
     return Stage(
         name="relabel",
         kind="relabel",
-        version=3,
+        version=4 if kind.of_views else 3,  # 4: with single labels beside them
         run="ltdd_scale.labels.relabel:run",
         reads={
             **reads(kind.name),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images
-from ltdd_scale.models import registry
+from ltdd_scale.models import registry, safe
 from ltdd_scale.runtime import signals, tensors
 from ltdd_scale.runtime.ranks import Ranks
 
@@ -36,9 +36,30 @@ def recipe(net: str, width: int, norm: str, resolution: int, num_classes: int) -
 
 
 def save(path: Path, net_recipe: dict[str, Any], model: nn.Module) -> None:
-    """Write ``{"recipe", "model"}``. Equal weights give equal bytes, on any device."""
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    """Write the weights of `model`. Equal weights give equal bytes, on any device."""
+    write(path, net_recipe, dict(model.state_dict()))
+
+
+def write(path: Path, net_recipe: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write ``{"recipe", "model"}``, or safetensors where `path` ends so."""
+    if path.suffix == safe.SUFFIX:
+        safe.save(path, net_recipe, weights)
+        return
+    weights = {name: value.cpu().contiguous() for name, value in weights.items()}
     tensors.save(path, {"recipe": net_recipe, "model": weights})
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(recipe, weights) as they were written, on the CPU, without what only training needed.
+
+    Raises `UserError` where the file is missing or damaged.
+    """
+    if path.suffix == safe.SUFFIX:
+        made_of, weights = safe.load(path)
+    else:
+        saved = tensors.load(path)
+        made_of, weights = saved["recipe"], saved["model"]
+    return made_of, {k: v for k, v in weights.items() if not k.startswith(TRAINING_ONLY)}
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -75,6 +96,13 @@ class Frozen:
         return forward(self.model, x, self.ranks)
 
     @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """What its last linear layer sees, float32 [n, d]."""
+        network: Any = self.model
+        with self.ranks.autocast():
+            return network.backbone(channels_last(x)).float()
+
+    @torch.no_grad()
     def plain_logits(self, x: Tensor) -> Tensor:
         """Of the head `fc`. An expert that was trained without debiasing has not trained it."""
         x = channels_last(x)
@@ -88,12 +116,11 @@ def load(path: Path, ranks: Ranks) -> Frozen:
 
     Raises `UserError` where the file is missing or damaged.
     """
-    saved = tensors.load(path)
-    weights = {k: v for k, v in saved["model"].items() if not k.startswith(TRAINING_ONLY)}
-    model = _build(saved["recipe"], two_heads="fc_cb.weight" in weights)
+    made_of, weights = read(path)
+    model = _build(made_of, two_heads="fc_cb.weight" in weights)
     model.load_state_dict(weights)
     model = ranks.to_device(model).eval().requires_grad_(False)
-    return Frozen(model, saved["recipe"], ranks)
+    return Frozen(model, made_of, ranks)
 
 
 def _build(made_of: dict[str, Any], two_heads: bool) -> nn.Module:
