@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ltdd_scale", "ltdd_scale.*"]),
+    package_data={"ltdd_scale.publish": ["templates/*"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -26,16 +27,24 @@ setup(
         "pillow>=10",
         "scikit-learn>=1.4",
         "pydantic>=2.7",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "scipy>=1.11",
+        "pyarrow>=15",
+        "safetensors>=0.4",
     ],
     extras_require={
         # What a cluster adds; a laptop does without.
         "scale": ["deepspeed>=0.16", "nvidia-dali-cuda130", "submitit>=1.5"],
         "dev": [
             "pytest>=8",
+            "axe-playwright-python>=0.1.4",
+            "datasets>=3",
             "hypothesis>=6",
             "ruff>=0.8",
             "ty==0.0.107",
             "import-linter>=2.1",
+            "playwright>=1.45",
         ],
     },
     entry_points={"console_scripts": ["ltdd-scale=ltdd_scale.cli:console"]},

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
+from typing import get_args
 
 from ltdd_scale import __version__, recipe
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.launch.clusters.catalog import CLUSTERS
 from ltdd_scale.launch.guard import guarded, leave
+from ltdd_scale.publish.settings import EXPORTS, NAMED_SETS, SET, Images
 from ltdd_scale.runtime import place, signals
 
-LOOKING = ("status", "cancel", "logs", "verify", "inspect", "fit", "sweep", "config")
+LOOKING = (
+    "status",
+    "cancel",
+    "logs",
+    "verify",
+    "inspect",
+    "fit",
+    "export",
+    "sweep",
+    "config",
+)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -182,9 +195,46 @@ def _add_looking(commands) -> None:
     p.add_argument("--epochs", type=int, help="epochs (default: as the set was judged)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--test", type=Path, help="folder <class>/<image> to judge it on")
-    p.add_argument("--save", type=Path, help="where to write the weights")
+    p.add_argument(
+        "--save", type=Path, help="where to write the weights: NAME.safetensors, or torch's format"
+    )
+    p.add_argument("--labels", help="another kind that is in the set, such as single or hard")
+    _add_export(commands)
     about = "Every setting, its default and its meaning."
     commands.add_parser("config", help=f"{about[0].lower()}{about[1:-1]}", description=about)
+
+
+def _add_export(commands) -> None:
+    p = commands.add_parser(
+        "export",
+        help="a distilled set in another format, with other images or a licence",
+        description="Write a distilled set again, in another format, with other images or a "
+        "licence.",
+    )
+    p.add_argument("path", type=Path, help="a run folder, or a distilled set")
+    p.add_argument(
+        "--format",
+        choices=EXPORTS,
+        default=SET,
+        help="set: the whole set again; else one format alone (default: set)",
+    )
+    p.add_argument("--out", type=Path, help="folder (default: beside the set, SET-FORMAT)")
+    p.add_argument("--images", choices=get_args(Images), help="format of the images")
+    p.add_argument("--quality", type=int, help="of webp-lossy and jpeg images, of 100")
+    p.add_argument("--license", help="licence of the source images, such as cc-by-4.0")
+    p.add_argument(
+        "--dataset",
+        choices=NAMED_SETS,
+        help="ddranking: its name of the data set, whose mean and std it is to use",
+    )
+    p.add_argument(
+        "--measure",
+        type=Path,
+        metavar="TEST",
+        help="folder <class>/<image>: train on the set's images and on the new ones, and write "
+        "into the card what the change costs there",
+    )
+    p.add_argument("--seeds", type=int, default=3, help="of --measure (default: 3)")
 
 
 def _targets(args: argparse.Namespace) -> tuple[str, ...]:
@@ -260,7 +310,13 @@ def _look(args: argparse.Namespace) -> int:
         case "fit":
             from ltdd_scale import fit
 
-            return fit.run(args.distilled, args.net, args.epochs, args.seed, args.test, args.save)
+            where = (args.test, args.save)
+            return fit.run(args.distilled, args.net, args.epochs, args.seed, *where, args.labels)
+        case "export":
+            from ltdd_scale.launch import export
+
+            names = (f.name for f in dataclasses.fields(export.Options))
+            return export.export(export.Options(**{n: getattr(args, n) for n in names}))
         case "sweep":
             from ltdd_scale.launch import commands
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
+from ltdd_scale.data import whitening
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.shards import square
@@ -19,10 +21,11 @@ from ltdd_scale.judging.metrics import metrics
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.judging.student import build, key_of
 from ltdd_scale.judging.training import Setup, train
-from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.catalog import HARD, KINDS, Kind
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.views import view_spec
 from ltdd_scale.models import frozen
+from ltdd_scale.publish.set import TEACHER, find_teacher
 from ltdd_scale.runtime import files, ranks
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
@@ -32,7 +35,8 @@ from ltdd_scale.settings import parse
 @dataclass(frozen=True)
 class Description:
     """What ``set.json`` tells of a set and of how it was judged. `folders` are the class folders,
-    in label order, `train_counts` the images of each class that it was distilled from."""
+    in label order, `train_counts` the images of each class that it was distilled from. `zca` is the
+    file of the whitening that takes the place of `mean` and `std`, or nothing."""
 
     classes: list[str]
     folders: list[str]
@@ -40,6 +44,7 @@ class Description:
     resolution: int
     mean: list[float]
     std: list[float]
+    zca: str
     mirror: bool
     precision: str
     training: Training
@@ -49,6 +54,16 @@ class Description:
     epochs: int
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A student that was trained on a set: `recipe` is what it is made of, `model` its averaged
+    weights, `setup` how it was trained."""
+
+    recipe: dict[str, Any]
+    model: nn.Module
+    setup: Setup
+
+
 def run(
     distilled: Path,
     net: str | None,
@@ -56,29 +71,56 @@ def run(
     seed: int,
     test: Path | None,
     save: Path | None,
+    labels: str | None = None,
 ) -> int:
     """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its
-    weights to `save`. Returns the exit code."""
+    weights to `save`. `labels`: another kind of label than the set's own. Returns the exit code."""
+    told = describe(distilled)
+    peers = join(told)
+    fitted = fit(distilled, told, peers, net=net, epochs=epochs, seed=seed, labels=labels)
+    if save:
+        frozen.save(save, fitted.recipe, fitted.model)
+        print(f"weights  {save}")
+    if test:
+        result = judge(fitted, test, told, peers)
+        print(
+            f"top-1 {result['top1']:.2f} %, balanced {result['balanced']:.2f} %, "
+            f"top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, "
+            f"{result['images']} images"
+        )
+    elif not save:
+        print("trained, but neither --test nor --save was given: nothing to show")
+    return 0
+
+
+def join(told: Description) -> Ranks:
+    """This process alone, on the GPU, or on all cores unless OMP_NUM_THREADS says how many."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(said) if said.isdecimal() and int(said) else len(os.sched_getaffinity(0))
+    return ranks.join("auto", told.precision, threads)
+
+
+def fit(
+    distilled: Path,
+    told: Description,
+    peers: Ranks,
+    *,
+    net: str | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    labels: str | None = None,
+) -> Fitted:
+    """A student of `net` on the set in `distilled`; what is None is as the set was judged."""
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs {epochs}: at least 1")
-    told = describe(distilled)
-    peers = ranks.join("auto", told.precision, len(os.sched_getaffinity(0)))
     net = net or told.net
-    title = f"{net} seed {seed}"
-    setup = _setup(distilled, told, epochs or told.epochs, title, key_of(seed), peers)
+    setup = load(distilled, told, peers, epochs or told.epochs, f"{net} seed {seed}", seed, labels)
     recipe = frozen.recipe(net, told.width, told.norm, told.resolution, len(told.classes))
     student = peers.to_device(build(recipe, setup.key))
     # No checkpoints and no log: nothing is written but what was asked for.
     context = Context(peers, distilled / ".none", {}, "fit", float("inf"))
     model, _ = train(setup, student, context)
-    if save:
-        frozen.save(save, recipe, model)
-        print(f"weights  {save}")
-    if test:
-        _judge(model, test, told, setup, peers)
-    elif not save:
-        print("trained, but neither --test nor --save was given: nothing to show")
-    return 0
+    return Fitted(recipe, model, setup)
 
 
 def describe(distilled: Path) -> Description:
@@ -94,6 +136,7 @@ def describe(distilled: Path) -> Description:
         direct = ("classes", "folders", "train_counts", "resolution", "mean", "std")
         return Description(
             **{name: told[name] for name in direct},
+            zca=told.get("zca", ""),
             mirror=config["data"]["mirror"],
             precision=config["runtime"]["precision"],
             training=parse(Training, training, "evaluate."),
@@ -125,31 +168,53 @@ def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.nda
     return np.stack(pixels), np.asarray(labels, np.int64)
 
 
-def _setup(
-    distilled: Path, told: Description, epochs: int, title: str, key: str, peers: Ranks
+def load(
+    distilled: Path,
+    told: Description,
+    peers: Ranks,
+    epochs: int,
+    title: str,
+    seed: int = 0,
+    labels: str | None = None,
 ) -> Setup:
-    """A student's training on the set, with the labels that came with it."""
+    """A student's training on the set, with the labels that came with it: its own kind, or
+    `labels`. Raises `UserError` where the set has no such labels."""
     facts = files.read_json(distilled / "labels" / "labels.json")
-    kind = KINDS.get(facts["labels"])
+    kind = KINDS.get(labels or facts["labels"])
     if kind is None:
         raise UserError(
             f"{distilled / 'labels' / 'labels.json'}: {facts['labels']!r} is none of "
             f"{', '.join(KINDS)}: a newer ltdd_scale may know it"
+            if labels is None
+            else f"--labels: {labels!r} is none of {', '.join(KINDS)}"
         )
+    if kind.name != facts["labels"]:
+        _check_labels(distilled, kind, facts["labels"])
     # Labels that were made before need no teacher, and hard ones come without.
-    teacher = frozen.load(distilled / "teacher.pt", peers) if kind.each_view else None
+    teacher = None
+    if kind.each_view:
+        path = find_teacher(distilled)
+        teacher = frozen.load(path or distilled / TEACHER, peers)
     maker = _maker(distilled, told, teacher, peers)
-    labels = kind.code().load(distilled / "labels", facts, maker)
     return Setup(
         images=maker.images,
-        labels=labels,
+        labels=kind.code().load(distilled / "labels", facts, maker),
         normalize=maker.normalize,
         spec=maker.spec,
         training=told.training,
         epochs=epochs,
-        key=key,
+        key=key_of(seed),
         title=title,
     )
+
+
+def _check_labels(distilled: Path, kind: Kind, own: str) -> None:
+    """Raise `UserError` where the set, whose own labels are `own`, has none of `kind`."""
+    there = kind.name == HARD or (distilled / "labels" / f"{kind.name}.npy").exists()
+    if kind.each_view:
+        there = find_teacher(distilled) is not None
+    if not there:
+        raise UserError(f"--labels {kind.name}: the set has none such; its own are {own}")
 
 
 def _maker(
@@ -160,7 +225,9 @@ def _maker(
     return Maker(
         images=MemoryImages(pixels, classes, peers.device),
         teacher=teacher,
-        normalize=normalizer(told.mean, told.std, peers.device),
+        normalize=whitening.load(distilled / told.zca, peers.device)
+        if told.zca
+        else normalizer(told.mean, told.std, peers.device),
         spec=view_spec(told.training, told.resolution, told.mirror),
         views=told.training,
         relabel=None,
@@ -172,16 +239,11 @@ def _maker(
     )
 
 
-def _judge(model: Any, test: Path, told: Description, setup: Setup, peers: Ranks) -> None:
-    """Print the accuracy on the images under test/<class>/."""
+def judge(fitted: Fitted, test: Path, told: Description, peers: Ranks) -> dict[str, Any]:
+    """`metrics` on the images under test/<class>/, and how many "images" these are."""
     named = zip(told.classes, told.folders, strict=True)
     names = [c if (test / c).is_dir() else folder for c, folder in named]
     pixels, truth = read_images(test, names, told.resolution)
     held = MemoryImages(pixels, truth, peers.device)
-    logits = frozen.predict(model, held, setup.normalize, peers)
-    result = metrics(logits, truth, ["many"] * len(told.classes))
-    print(
-        f"top-1 {result['top1']:.2f} %, balanced {result['balanced']:.2f} %, "
-        f"top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, "
-        f"{len(truth)} images"
-    )
+    logits = frozen.predict(fitted.model, held, fitted.setup.normalize, peers)
+    return {**metrics(logits, truth, ["many"] * len(told.classes)), "images": len(truth)}

@@ -22,6 +22,7 @@ RLDD = [
     "recover",
     "relabel",
     "students",
+    "embedding",
     "evaluate",
     "report",
 ]

@@ -208,8 +208,8 @@ def test_what_is_done_costs_nothing_more(finished):
     config, run = finished
     shown = ["--out", run, "--cluster", "local", "--dry-run"]
     done = cli("run", config, *shown)
-    assert done.returncode == 0 and "0 of 10 jobs are left" in done.stdout, done.stderr
+    assert done.returncode == 0 and "0 of 11 jobs are left" in done.stdout, done.stderr
     assert table(done.stdout)["tiny"][3] != "–" and "estimated" not in done.stdout
     more = cli("run", config, *shown, "--set", "evaluate.seeds=2")
-    assert "3 of 10 jobs are left" in more.stdout and "students   about" in more.stdout
+    assert "3 of 11 jobs are left" in more.stdout and "students   about" in more.stdout
     assert re.search(r"estimated: \d+ s of a GPU in all", more.stdout), more.stdout

@@ -26,18 +26,25 @@ def test_two_ipcs_share_experts_and_calibration(tmp_path):
         "initialize",
         "recover",
         "relabel",
+        "embedding",
         "evaluate",
     }
 
 
 def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
     base = nodes(tmp_path)
-    assert differ(base, nodes(tmp_path, "recover.lr=1")) == {"recover", "relabel", "evaluate"}
+    assert differ(base, nodes(tmp_path, "recover.lr=1")) == {
+        "recover",
+        "relabel",
+        "embedding",
+        "evaluate",
+    }
     assert differ(base, nodes(tmp_path, "observer.lr=1")) == {
         "observer",
         "calibrate",
         "recover",
         "relabel",
+        "embedding",
         "evaluate",
     }
     assert differ(base, nodes(tmp_path, "teacher.lr=1")) == {
@@ -45,6 +52,7 @@ def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
         "initialize",
         "recover",
         "relabel",
+        "embedding",
         "evaluate",
     }
     assert differ(base, nodes(tmp_path, "data.split_seed=1")) == set(graph_names(base))
@@ -54,12 +62,14 @@ def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
         "calibrate",
         "recover",
         "relabel",
+        "embedding",
         "evaluate",
     }
     assert differ(base, nodes(tmp_path, "initialize.confident=false")) == {
         "initialize",
         "recover",
         "relabel",
+        "embedding",
         "evaluate",
     }
 
@@ -191,7 +201,7 @@ def test_labels_that_need_no_teacher_train_none(tmp_path):
 def test_students_have_their_own_net(tmp_path):
     base = nodes(tmp_path)
     other = nodes(tmp_path, "evaluate.width=16")
-    assert differ(base, other) == {"evaluate"}
+    assert differ(base, other) == {"embedding", "evaluate"}
     assert differ(base, nodes(tmp_path, "teacher.width=16")) >= {"teacher", "initialize"}
 
 

@@ -154,7 +154,7 @@ def test_what_is_done_is_not_planned_again(finished):
     made = campaign_of(run, config)
     assert all(made.done(j) for j in made.jobs) and campaign.missing(made, set()) == []
     other = campaign_of(run, config, "recover.lr=0.01")
-    left = ["recover", "relabel", "students", "evaluate", "report"]
+    left = ["recover", "relabel", "students", "embedding", "evaluate", "report"]
     assert [j.name for j in campaign.missing(other, set())] == left
     other.ids["recover"] = "17"
     assert [j.name for j in campaign.missing(other, {"17"})] == left[1:]
@@ -204,7 +204,7 @@ def test_a_dry_run_shows_all_and_submits_nothing(tmp_path, tiny):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
     for words in (
-        "10 of 10 jobs are left",
+        "11 of 11 jobs are left",
         "relabel   after recover",
         "#SBATCH --partition=scavenge",
         "estimated: ",
@@ -236,7 +236,7 @@ def test_an_estimate_of_every_job_but_the_report(tmp_path):
     for name, cost in (found[""] or {}).items():
         flops[one.nodes[name].stage.job] += cost.flops
     without = [job for job, n in flops.items() if not n]
-    assert without == ["shard", "evaluate", "report"]
+    assert without == ["shard", "embedding", "evaluate", "report"]
 
 
 def test_parts_are_each_pieces_once(tmp_path, tiny):

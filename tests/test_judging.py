@@ -210,7 +210,16 @@ def config_of(**evaluate):
     return Config(
         ipc=2,
         data=Data(resolution=8, mirror=False),
-        evaluate=Evaluate(**{"width": 4, "epochs": 3, "seeds": 1, "batch_size": 8, **evaluate}),
+        evaluate=Evaluate(
+            **{
+                "width": 4,
+                "epochs": 3,
+                "seeds": 1,
+                "batch_size": 8,
+                "embedding": False,
+                **evaluate,
+            }
+        ),
     )
 
 
@@ -507,7 +516,7 @@ def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
     with pytest.raises(UserError, match="not a distilled set"):
         fit.run(tmp_path, None, None, 0, None, None)
     folder = published(tmp_path / "set", house, "online", teacher=False)
-    with pytest.raises(UserError, match=r"teacher\.pt"):
+    with pytest.raises(UserError, match=r"teacher\.safetensors"):
         fit.run(folder, None, None, 0, None, None)
     with pytest.raises(UserError, match="--epochs 0"):
         fit.run(folder, None, 0, 0, None, None)

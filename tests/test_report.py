@@ -7,52 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from report_tools import (
+    IPC,
+    SIZE,
+    entry,
+    make_store,
+    material,
+    plain,
+    result,
+    sealed,
+    with_pictures,
+)
 from torchvision.datasets import ImageFolder
 
-from ltdd_scale.data import distilled, sharding, shards, sources
-from ltdd_scale.data.settings import Data
+from ltdd_scale.data import distilled, shards
 from ltdd_scale.errors import UserError
-from ltdd_scale.publish import page, pictures, report, tables
+from ltdd_scale.publish import message, page, report, tables
 from ltdd_scale.publish import set as distilled_set
-from ltdd_scale.publish.material import Material
-from ltdd_scale.results import NUMBERS
-from ltdd_scale.runtime import files, tensors
-
-SIZE, IPC = 8, 2
-
-
-def entry(which, labels, top1, **more):
-    numbers = dict.fromkeys(NUMBERS, top1)
-    spread = {f"{n}_std": 0.5 for n in numbers}
-    where = {"set": which, "labels": labels, "net": "n", "ipc": 10, "num_seeds": 2}
-    return {**where, **numbers, **spread, "few": None, "per_class": [top1] * 10, **more}
-
-
-def plain(title, top1):
-    numbers = dict.fromkeys(NUMBERS, top1)
-    return {"title": title, "net": "n", "num_seeds": 2, **numbers, "per_class": [top1] * 10}
-
-
-def result(kind="single", **more):
-    cells = [
-        (which, labels)
-        for which in ("distilled", "random", "initial")
-        for labels in ("online", "stored", "single", "hard")
-    ]
-    summary = {
-        "labels": kind,
-        "split": "test",
-        "balanced_test": True,
-        "students": [entry(s, y, 40 + k) for k, (s, y) in enumerate(cells)],
-        "experts": {"teacher": {"net": "n", **dict.fromkeys(NUMBERS, 51.0)}},
-    }
-    curves = [
-        {"set": "distilled", "labels": kind, "net": "n", "seed": s, "loss": [3.0, 2.0, 1.0]}
-        for s in (0, 1)
-    ]
-    return {"rows": [], "matrix": [], "summary": {**summary, **more}, "loss_curves": curves}
+from ltdd_scale.runtime import files
 
 
 def rows_of(text):
@@ -119,9 +92,10 @@ def test_the_page_of_a_set_with_learned_labels(store):
     text = page.render(
         made, shards.ShardSplit(store / "shard", "train"), {**results, "matrix": [1]}
     )
-    for words in ("method rldd, learned labels", "random real 47.0 %", "distilled 60.0 %"):
+    for words in ("method rldd, learned labels", "distilled 60.0 ± 0.5", "random real 47.0 ± 0.5"):
         assert words in text
-    assert "random hard n (2 epochs)" in text and "random single n" not in text
+    assert "13.0 more than on random real images with hard labels" in text
+    assert "random hard (2 epochs)" in text and "random single (" not in text
 
 
 def test_class_folders_sort_in_label_order():
@@ -132,82 +106,9 @@ def test_class_folders_sort_in_label_order():
         assert not any("/" in n for n in names)
 
 
-def test_charts_and_sheets_are_drawn_for_one_class_and_for_a_thousand():
-    for n in (1, 10, 1000):
-        counts = np.arange(n, 0, -1)
-        svg = pictures.bars([f"<{k}>" for k in range(n)], counts, {"distilled": [50.0] * n})
-        assert svg.count("<rect") == n + 1 and "<0>" not in svg
-    held = pictures.bars(["a", "b", "c"], np.asarray([3, 2, 1]), {"distilled": [50.0, None, 1.0]})
-    assert held.count("<title>") == 2 and "b: distilled" not in held
-    assert pictures.curves({"a": [1.0]}, "epochs") == ""
-    drawn = pictures.curves({"a": [3.0, 2.0, 1.0], "b": [1.0, 1.0]}, "epochs")
-    assert drawn.count("<polyline") == 2
-    images = [np.zeros((2, 3, 4, 4), np.uint8)] * 3
-    assert "data:image/png;base64," in pictures.contact_sheet([images, images, images], 2)
-
-
-def sealed(folder: Path, kind: str, **facts) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "kind": kind,
-        "facts": facts,
-        "seconds": 61.0,
-        "ranks": 2,
-        "device": "a CPU",
-        "software": {"torch": "9"},
-    }
-    files.write_json(folder / "stage.json", record)
-    return folder
-
-
-def images_of(folder: Path, value: int, kind: str) -> Path:
-    sealed(folder, kind, images=20)
-    for c in range(10):
-        pixels = np.full((IPC, 3, SIZE, SIZE), value + c, np.uint8)
-        rows = [{"image": k, "source": f"digits/{c}/{k}"} for k in range(IPC)]
-        distilled.write_class(folder, c, pixels, rows)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """What the stages of a run leave, written by hand."""
-    store = tmp_path_factory.mktemp("store")
-    shard = sealed(store / "shard", "shard", train=100)
-    data = Data(source="digits", resolution=SIZE, max_per_class=20, test_per_class=5)
-    sharding.write(shard, "digits", sources.open_source(data), data, workers=1)
-    images_of(store / "initial", 10, "initialize")
-    images_of(store / "distilled", 100, "recover")
-    teacher = sealed(store / "teacher", "experts")
-    tensors.save(teacher / "weights.pt", {"w": torch.ones(2)})
-    files.write_json(teacher / "log.json", [{"loss": 2.0}, {"loss": 1.0}])
-    labels = sealed(store / "labels", "relabel")
-    files.write_json(labels / "labels.json", {"kind": "single"})
-    distilled.save(labels / "single.npy", np.zeros((20, 10), np.float32))
-    for seed in (0, 1):
-        sealed(store / f"student-{seed}", "student")
-    sealed(store / "verdict", "evaluate")
-    return store
-
-
-def material(store: Path, results: dict, **folders) -> Material:
-    files.write_json(store / "verdict" / "results.json", results)
-    config = {
-        "name": "a <set>",
-        "method": "rldd",
-        "ipc": IPC,
-        "data": {"resolution": SIZE},
-        "teacher": {"net": "tn"},
-        "relabel": {"labels": results["summary"]["labels"]},
-        "evaluate": {"nets": ["n"], "width": 64, "norm": "instance", "seeds": 2},
-    }
-    roles = ("shard", "distilled", "initial", "labels", "teacher", "verdict")
-    places = {role: store / role for role in roles} | folders
-    names = [("shard", "shard"), ("teacher", "teacher"), ("student/0", "student-0")]
-    names += [("student/1", "student-1"), ("evaluate", "verdict")]
-    stages = [(name, store / folder) for name, folder in names if places.get(folder, True)]
-    prints = {role: role * 2 for role, place in places.items() if place}
-    return Material("a <set>", config, "name: a <set>\n", prints, places, stages)
+    return make_store(tmp_path_factory.mktemp("store"))
 
 
 def test_a_report_of_everything(store, tmp_path):
@@ -217,7 +118,7 @@ def test_a_report_of_everything(store, tmp_path):
     out = tmp_path / "distilled"
     assert distilled_set.damage(out) == []
     described = json.loads((out / "set.json").read_text())
-    assert described["format"] == 2 and described["config"] == made.config
+    assert described["format"] == 3 and described["config"] == made.config
     assert described["student"] == {"net": "n", "width": 64, "norm": "instance"}
     assert described["labels"] == "single" and sum(described["train_counts"]) == 200
     found = ImageFolder(out / "images")
@@ -226,17 +127,17 @@ def test_a_report_of_everything(store, tmp_path):
     rows = json.loads((out / "provenance.json").read_text())
     assert len(rows) == 20 and rows[-1]["source"] == "digits/9/1"
     assert rows[-1]["file"].endswith("/00001.png") and (out / rows[-1]["file"]).exists()
-    assert (out / "teacher.pt").read_bytes() == (store / "teacher" / "weights.pt").read_bytes()
+    assert (out / "teacher.safetensors").exists()
     assert sorted(p.name for p in (out / "labels").iterdir()) == ["labels.json", "single.npy"]
     readme = (out / "README.md").read_text()
-    assert "`teacher.pt`" in readme and "where every image started from" in readme
+    assert "`teacher.safetensors`" in readme and "where every image started from" in readme
     text = (tmp_path / "report.html").read_text()
     for words in ("a &lt;set&gt;", "Real, initial and distilled images", "plain network"):
         assert words in text
-    for words in ("The label matrix", "2 students", "teacher (2 epochs)", "single n (3 epochs)"):
+    for words in ("The label matrix", "2 students", "teacher (2 epochs)", "single (3 epochs)"):
         assert words in text
     assert "<set>" not in text and "http" not in text.replace("http-equiv", "")
-    assert text.index("<th>balanced") < text.index("<th>top-1")
+    assert text.index('"col">balanced') < text.index('"col">top-1')
     assert "plain network" in (tmp_path / "results.md").read_text()
 
 
@@ -244,7 +145,7 @@ def test_a_report_without_initial_images_and_without_a_teacher(store, tmp_path):
     results = result("hard", experts={})
     made = material(store, results, initial=None, teacher=None)
     report.write(made, tmp_path)
-    assert not (tmp_path / "distilled" / "teacher.pt").exists()
+    assert not (tmp_path / "distilled" / "teacher.safetensors").exists()
     assert "eacher" not in (tmp_path / "distilled" / "README.md").read_text()
     text = (tmp_path / "report.html").read_text()
     assert "Real and distilled images" in text and "teacher" not in text
@@ -269,6 +170,10 @@ def test_a_report_is_current_for_its_own_material_alone(store, tmp_path):
     assert not report.is_current(
         dataclasses.replace(made, config={**made.config, "ipc": 3}), tmp_path
     )
+    (tmp_path / "pictures" / "classes.png").unlink()
+    assert not report.is_current(made, tmp_path)
+    report.write(made, tmp_path)
+    assert report.is_current(made, tmp_path)
     (tmp_path / "results.md").unlink()
     assert not report.is_current(made, tmp_path)
 
@@ -278,7 +183,7 @@ def test_a_set_that_is_written_again_leaves_nothing_of_the_old_one(store, tmp_pa
     report.write(made, tmp_path)
     (tmp_path / "distilled" / "left.txt").write_text("old")
     (tmp_path / "distilled" / "labels" / "single.npy").write_bytes(b"damaged")
-    (tmp_path / "distilled" / "teacher.pt").unlink()
+    (tmp_path / "distilled" / "teacher.safetensors").unlink()
     wrong = distilled_set.damage(tmp_path / "distilled")
     assert len(wrong) == 2 and any("missing" in w for w in wrong)
     report.write(made, tmp_path)
@@ -321,3 +226,128 @@ def test_the_page_of_a_set_without_losses_says_so(store):
     results = files.read_json(store / "verdict" / "results.json")
     text = page.render(made, shards.ShardSplit(store / "shard", "train"), results)
     assert "No losses were kept" in text
+
+
+def said(summary: dict, net: str = "n") -> list[str]:
+    return message.message(summary, net, 100, 2478)
+
+
+def of(
+    labels: str, distilled: float, random: float | None, whole: float | None, seeds=3, spread=0.4
+):
+    """A summary of one kind of labels."""
+    more = {"num_seeds": seeds, "top1_std": spread if seeds > 1 else None}
+    students = [entry("distilled", labels, distilled, **more)]
+    students += [] if random is None else [entry("random", labels, random, **more)]
+    found = result(labels)["summary"] | {"students": students}
+    rows = [] if whole is None else [{**plain("plain, logit-adjusted", whole), "num_seeds": 1}]
+    return found | {"plain": [plain("plain, whole set", 1.0), *rows]}
+
+
+def test_the_first_sentence_says_what_the_set_is_worth():
+    """As in the README: 45.4 ± 0.4 beside 40.0 and 52.5."""
+    assert said(of("single", 45.4, 40.0, 52.5)) == [
+        "Trained on 100 distilled images with single labels a student reaches 45.4 ± 0.4 %: 5.4 more "
+        "than on random real images, and 7.1 less than the plain network on all 2,478 images after "
+        "logit adjustment."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((40.5, 40.0, None), "no better than on random real images (0.5 more, within the noise)."),
+        ((39.5, 40.0, None), "no better than on random real images (0.5 less, within the noise)."),
+        ((40.0, 40.0, None), "%: no better than on random real images."),
+        ((35.0, 40.0, None), "%: not better but worse than on random real images, by 5.0."),
+        ((45.0, None, 45.0), "%: as much as the plain network on all 2,478 images after"),
+        (
+            (45.0, None, 44.6),
+            "%: as much as the plain network on all 2,478 images after logit adjustment within the noise (0.4 more).",
+        ),
+        ((55.0, None, 45.0), "%: 10.0 more than the plain network on all"),
+        ((45.0, None, None), "with hard labels a student reaches 45.0 ± 0.4 %."),
+    ],
+)
+def test_a_set_that_is_not_better_is_said_to_be_so(values, words):
+    assert words in said(of("hard", *values))[0]
+
+
+def test_without_seeds_the_noise_is_not_known():
+    text = said(of("hard", 45.0, 40.0, 50.0, seeds=1))[0]
+    assert "reaches 45.0 %:" in text
+    assert text.count("(one seed each: the noise is not known)") == 2
+
+
+def test_each_kind_of_labels_has_a_sentence():
+    summary = of("online", 50.0, 49.9, None)
+    summary["students"] += of("single", 45.0, 40.0, None)["students"]
+    summary["students"] += [entry("distilled", "hard", 44.0)]
+    assert said(summary)[1:] == [
+        "With single labels: 45.0 ± 0.4 %, 5.0 more than on random real images."
+    ]
+
+
+def test_the_noise_is_that_of_welchs_test():
+    """Against the test of SciPy on samples that have just these means and spreads."""
+    from scipy import stats
+
+    def sample(mean, spread, n):
+        values = np.arange(n) - (n - 1) / 2
+        return mean + spread * values / values.std(ddof=1)
+
+    seen = set()
+    for gap in (0.2, 0.8, 1.0, 1.5, 2.0, 3.0):
+        for (s, n), (t, m) in (((0.4, 3), (1.2, 3)), ((0.5, 5), (0.5, 2)), ((0.1, 2), (0.9, 4))):
+            one = {"top1": 40 + gap, "top1_std": s, "num_seeds": n}
+            other = {"top1": 40.0, "top1_std": t, "num_seeds": m}
+            found = stats.ttest_ind(sample(40 + gap, s, n), sample(40.0, t, m), equal_var=False)
+            more, noise = message.difference(one, other, "top1")
+            assert more == pytest.approx(gap) and noise == (found.pvalue >= 0.05), (
+                gap,
+                s,
+                t,
+                found,
+            )
+            seen.add(noise)
+    assert seen == {True, False}
+
+
+def test_two_stages_have_a_table_pictures_and_a_sentence(store, tmp_path):
+    counts = shards.ShardSplit(store / "shard", "train").counts.tolist()
+    results = result("hard", plain=[plain("plain, logit-adjusted", 45.0)]) | with_pictures(
+        store, 10, counts
+    )
+    places = {role: store / role for role in ("grouping", "embedding")}
+    made = material(store, results, **places)
+    report.write(made, tmp_path)
+    short, long = (tmp_path / "results.md").read_text().split("Two stages:")[1].split("All pairs")
+    found = [
+        [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+        for text in (short, long)
+    ]
+    assert [len(t) for t in found] == [2 + 4, 2 + 6] and "top-5" not in found[0][0]
+    for heading, _, one, _, pair, soft, *_ in found:
+        assert heading[:4] == ["first stage", "second stage", "routing", "net"]
+        assert one[:3] == ["– (one stage)", "distilled", "–"]
+        assert pair[2:5] == ["hard", "n", "44.0 ± 0.5"]
+        assert heading[7:9] == ["group", "in group"]
+        assert soft[7:9] == ["44.5 ± 0.5", "44.5 ± 0.5"]
+    text = (tmp_path / "report.html").read_text()
+    assert "4.0 more than in one stage." in text
+    there = {p.name for p in (tmp_path / "pictures").iterdir()}
+    wanted = {"message", "pairs_of_stages", "confusions", "classes", "counts", "tree", "embeddings"}
+    wanted |= {"pairs", "losses", "timeline"}
+    assert there == {f"{name}.{kind}" for name in wanted for kind in ("svg", "png")}
+    for name in wanted:
+        assert text.count(f'id="{name}-title"') == 1
+    assert (
+        text.index('id="stages-two"')
+        < text.index('id="confusions-title"')
+        < text.index('id="classes"')
+    )
+    (store / "verdict" / "confusion.npz").unlink()
+    report.write(material(store, result()), tmp_path)  # another protocol: their pictures go
+    assert not (tmp_path / "pictures" / "tree.svg").exists()
+    assert (tmp_path / "pictures" / "classes.svg").exists()
+    assert "stages-two" not in (tmp_path / "report.html").read_text()

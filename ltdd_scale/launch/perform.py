@@ -148,7 +148,7 @@ def take_part(work: Session) -> int:
 
 def finish(work: Session) -> int:
     """Note what is done, write the report where it is asked for, say where things are."""
-    from ltdd_scale.publish import tables
+    from ltdd_scale.publish import hub, tables
 
     session.note(work)
     if not work.request.report:
@@ -161,6 +161,8 @@ def finish(work: Session) -> int:
     print(f"\ndistilled images  {out / 'distilled' / 'images'}")
     print(f"results           {out / 'results.json'}, {out / 'results.md'}")
     print(f"page to look at   {out / 'report.html'}")
+    if not work.config.publish.license:
+        print(f"\n{hub.ASKS}")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ltdd_scale.launch import campaign, sweep_matrix
+from ltdd_scale.launch import campaign, sweep_matrix, sweep_pictures
 from ltdd_scale.launch.campaign import Campaign
 from ltdd_scale.launch.jobs import Job, Summary
 from ltdd_scale.launch.parts import Spent, spent
@@ -50,7 +50,7 @@ class Finished:
 def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) -> str:
     """Write ``results.json`` and ``sweep.md``: one table of all points, with published numbers; one
     of images × labels, where points have several kinds of labels or of networks; one of the means
-    over seeds. Return the text.
+    over seeds; pictures, where points differ in IPC or imbalance factor. Return the text.
 
     `why(job)`: the last error of a job, or nothing.
     """
@@ -71,6 +71,12 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
     unbalanced = [s for s in summaries if not s.get("balanced_test", True)]
     shown = numbers(dict((unbalanced or summaries or [{}])[0]))[:2]
     text = _page(sweep, found, missing, shown)
+    features = {
+        f.name: node.folder(made.store)
+        for f in found
+        if (node := points[f.name].nodes.get("embedding"))
+    }
+    text += sweep_pictures.write(found, sweep.published, features, shown[0], out)
     record = {"points": {f.name: f.to_dict() for f in found}, "missing": missing}
     files.write_json(out / "results.json", record)
     files.write_text(out / "sweep.md", text)

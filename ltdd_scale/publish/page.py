@@ -1,54 +1,43 @@
-"""The report page: one HTML file that needs no network. Charts and images are inline."""
+"""The report page: one HTML file that needs no network. Pictures and images are inline."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.shards import ShardSplit, square
+from ltdd_scale.publish import lrs
+from ltdd_scale.publish.blocks import (
+    Block,
+    Code,
+    Drawing,
+    Note,
+    Section,
+    Sheet,
+    Table,
+    environment,
+)
+from ltdd_scale.publish.gallery import Gallery, kind_of, spread
 from ltdd_scale.publish.material import Material
-from ltdd_scale.publish.pictures import bars, contact_sheet, curves
-from ltdd_scale.publish.tables import HEADINGS, SHOWN, matrix_table, numbers, table
-from ltdd_scale.results import WHOLE_SETS, labels_of
+from ltdd_scale.publish.message import message, two_stages
+from ltdd_scale.publish.pictures import images
+from ltdd_scale.publish.pictures.canvas import FOLDER, Picture, inline, svg
+from ltdd_scale.publish.tables import (
+    HEADINGS,
+    STAGES_SAID,
+    matrix_rows,
+    numbers,
+    rows,
+    stage_rows,
+)
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import duration
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;
-color:#1e293b}
-h1{font-size:1.7rem;margin-bottom:.2rem}
-h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #cbd5e1}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6rem 0}
-th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0}
-td{white-space:nowrap}th{font-weight:600;background:#f8fafc}
-td:first-child,th:first-child,td.t{text-align:left}
-tr.main td{font-weight:600;background:#eff6ff}
-.wide{overflow-x:auto}.note{color:#475569;font-size:.92em}
-img{image-rendering:pixelated;max-width:100%}
-pre{background:#f8fafc;padding:.8rem;overflow:auto;font-size:.82em}
-svg text{font:11px system-ui,sans-serif;fill:#334155}
-details summary{cursor:pointer}.sheet{overflow-x:auto}
-"""
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>{style}</style></head><body>
-<h1>{title}</h1>
-<p class="note">{about}</p>
-<h2>Results</h2>{results}
-{matrix}
-<h2>Accuracy of each class</h2>{bars}
-<h2>{sheet_title}</h2>{sheets}
-<h2>Loss</h2>{curves}
-<h2>Stages</h2><div class="wide"><table>
-<tr><th>stage</th><th>time</th><th>on</th><th>facts</th></tr>{stages}</table></div>
-<p class="note">{software}</p>
-<h2>Config</h2><details><summary>all settings</summary><pre>{config}</pre></details>
-</body></html>
-"""
+SMALL = 64  # pixels at most of an image in the sheet
 ONLINE = (
     "With online labels the teacher sees every view, so almost any images will do: "
     "read this column beside the others."
@@ -59,158 +48,195 @@ UNBALANCED = (
 )
 
 
-def render(material: Material, split: ShardSplit, results: dict[str, Any]) -> str:
-    """The page as HTML. `split` is the real training set, `results` the verdict's record."""
-    summary = results["summary"]
-    sheet_title, sheets = _sheets(material, split)
-    notes = [ONLINE] if material.labels == "online" else []
-    notes += [] if summary.get("balanced_test", True) else [UNBALANCED]
-    main = _table(table({**results, "matrix": []}))
-    losses = curves(_expert_losses(material), "epochs")
-    losses += curves(_student_losses(material, results), "epochs")
-    software = files.read_json(material.folder("verdict") / "stage.json")["software"]
-    return PAGE.format(
-        title=html.escape(material.name),
-        style=STYLE,
-        about=_about(material, split, summary),
-        results=main + "".join(_note(n) for n in notes),
-        matrix=_matrix(results),
-        bars=bars(split.classes, split.counts, _class_accuracies(material, summary)),
-        sheet_title=sheet_title,
-        sheets=sheets,
-        curves=losses or _note("No losses were kept."),
-        stages=_stages(material, summary),
-        software=html.escape(", ".join(f"{k} {v}" for k, v in software.items())),
-        config=html.escape(material.config_yaml),
+def render(
+    material: Material,
+    split: ShardSplit,
+    results: dict[str, Any],
+    pictures: Sequence[Picture] | None = None,
+    drawn: Mapping[str, str] | None = None,
+) -> str:
+    """The page as HTML. `split` is the real training set, `results` the verdict's record.
+
+    `pictures` are those of `Gallery.all`, `drawn` their SVGs by name, as `canvas.save` gives them;
+    both are made here where they are not given.
+    """
+    if pictures is None:
+        pictures = Gallery(material, split, results).all()
+    if drawn is None:
+        drawn = {p.name: inline(svg(p)) for p in pictures}
+    page = _Page(material, split, results, {p.name: p for p in pictures}, drawn)
+    sections = [s for s in page.sections() if s.blocks]
+    lead = message(page.summary, material.student["net"], page.num_images, int(split.counts.sum()))
+    lead += two_stages(results)
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=material.name,
+            lead=[s.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%") for s in lead],
+            about=page.about(),
+            first=page.drawing("message"),
+            sections=sections,
+        )
     )
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+class _Page:
+    """The sections of one page, in reading order; one without blocks is left out."""
 
+    def __init__(
+        self,
+        material: Material,
+        split: ShardSplit,
+        results: dict[str, Any],
+        pictures: Mapping[str, Picture],
+        drawn: Mapping[str, str],
+    ):
+        self.material, self.split, self.results = material, split, results
+        self.summary = results["summary"]
+        self.pictures, self.drawn = pictures, drawn
+        kept = Distilled(material.folder("distilled"), len(split.classes))
+        self.num_images = len(kept)
 
-def _about(material: Material, split: ShardSplit, summary: dict[str, Any]) -> str:
-    counts, seeds = split.counts, material.config["evaluate"]["seeds"]
-    return html.escape(
-        f"{material.ipc} images a class for {len(counts)} classes, from {counts.sum():,} "
-        f"long-tailed images ({counts.max()} … {counts.min()} a class); {material.resolution} px; "
-        f"method {material.config['method']}, {material.labels} labels; judged on "
-        f"{summary['split']} images, per cent, mean ± standard deviation over {seeds} "
-        f"seed{'s' * (seeds != 1)}."
-    )
+    def sections(self) -> list[Section]:
+        two = bool(stage_rows(self.results))
+        confusions = self.drawing("confusions")
+        return [
+            Section("results", "Results", self._results()),
+            Section("stages-two", "Two stages", self._two_stages(confusions if two else [])),
+            Section("labels", "Labels", self._labels()),
+            Section("classes", "Classes", self._classes([] if two else confusions)),
+            Section("features", "Features", self.drawing("embeddings")),
+            Section("images", "Images", [*self.drawing("pairs"), *self._sheets()]),
+            Section("work", "The work", self._work()),
+            Section("config", "Config", self._config()),
+        ]
 
+    def drawing(self, *names: str) -> list[Block]:
+        found = [self.pictures[name] for name in names if name in self.pictures]
+        return [
+            Drawing(
+                p.title,
+                Markup(self.drawn[p.name]),  # made by matplotlib, which escapes texts
+                p.caption,
+                [f"{FOLDER}/{p.name}.{kind}" for kind in ("svg", "png")],
+            )
+            for p in found
+        ]
 
-def _table(markdown: str) -> str:
-    """A Markdown table as HTML; the row of the distilled set stands out."""
-    lines = [line for line in markdown.splitlines() if not line.startswith("|--")]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    out = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in rows[0]) + "</tr>"]
-    for row in rows[1:]:
-        main = ' class="main"' if row[0] == "distilled" else ""
-        out.append(f"<tr{main}>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>")
-    return f'<div class="wide"><table>{"".join(out)}</table></div>'
+    def about(self) -> str:
+        """What was done, in small letters."""
+        counts, material = self.split.counts, self.material
+        seeds = material.config["evaluate"]["seeds"]
+        return (
+            f"{material.ipc} images a class for {len(counts)} classes, from {counts.sum():,} "
+            f"long-tailed images ({counts.max()} … {counts.min()} a class); "
+            f"{material.resolution} px; method {material.config['method']}, {material.labels} "
+            f"labels; judged on {self.summary['split']} images, per cent, mean ± standard "
+            f"deviation over {seeds} seed{'s' * (seeds != 1)}. A difference is called noise where "
+            "Welch's test over seeds does not tell it from none at 95 %."
+        )
 
+    def _results(self) -> list[Block]:
+        table = Table(
+            "The set beside random real images, the whole set and the experts, per cent",
+            rows(self.results),
+            strong="distilled",
+        )
+        notes = [ONLINE] if self.material.labels == "online" else []
+        notes += [] if self.summary.get("balanced_test", True) else [UNBALANCED]
+        notes += [line.replace("**", "") for line in lrs.text(self.results).splitlines() if line]
+        return [table, *map(Note, notes)]
 
-def _matrix(results: dict[str, Any]) -> str:
-    if not results["matrix"]:
-        return ""
-    number = HEADINGS[numbers(results["summary"])[0]]
-    said = f"Students trained on each kind of image with each kind of label: {number}."
-    return f"<h2>The label matrix</h2>{_note(said)}{_table(matrix_table(results))}"
+    def _two_stages(self, confusions: list[Block]) -> list[Block]:
+        found = stage_rows(self.results)
+        if not found:
+            return []
+        short = stage_rows(self.results, published=True)
+        tables: list[Block] = [Table("One stage beside the published pair, per cent", short)]
+        if len(found) > len(short):
+            tables.append(Table("One stage and all pairs, per cent", found, closed=True))
+        said = Note(STAGES_SAID.replace("`", "") + ".")
+        return [said, *tables, *self.drawing("pairs_of_stages"), *confusions]
 
+    def _labels(self) -> list[Block]:
+        if not self.results["matrix"]:
+            return self.drawing("bytes")
+        number = HEADINGS[numbers(self.summary)[0]]
+        said = (
+            "The label matrix: students trained on each kind of image with each kind of label, "
+            f"{number}"
+        )
+        return [Table(said, matrix_rows(self.results), strong="distilled"), *self.drawing("bytes")]
 
-def _class_accuracies(material: Material, summary: dict[str, Any]) -> dict[str, list[float | None]]:
-    """Series of the bar chart: students of the first net, plain networks, the teacher."""
-    net = material.student["net"]
-    cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
-    wanted = [(s, labels_of(s, summary)) for s in ("distilled", "random")]
-    wanted += [("full", "online"), ("full", "hard")]
-    out = {SHOWN[s]: cells[s, y, net]["per_class"] for s, y in wanted if (s, y, net) in cells}
-    named = [(e["title"], e) for e in summary.get("plain", [])]
-    named += [(t, e) for t, e in summary["experts"].items() if t == "teacher"]
-    return out | {title: e["per_class"] for title, e in named if e.get("per_class")}
+    def _classes(self, confusions: list[Block]) -> list[Block]:
+        out = self.drawing("classes", "counts")
+        series = Gallery(self.material, self.split, self.results).accuracies
+        if series:
+            heading = ["class", "training images", *series]
+            table = [heading] + [
+                [
+                    self.split.classes[c],
+                    f"{self.split.counts[c]:,}",
+                    *("–" if v[c] is None else f"{v[c]:.1f}" for v in series.values()),
+                ]
+                for c in np.argsort(-self.split.counts, kind="stable")
+            ]
+            out.append(Table("Accuracy of each class as numbers, per cent", table, closed=True))
+        return [*out, *confusions, *self.drawing("tree")]
 
+    def _sheets(self) -> list[Block]:
+        """A sheet of real, initial (if there are such) and distilled images."""
+        size = min(self.material.resolution, SMALL)
+        shown = spread(self.split.counts, 12)
+        n = min(self.material.ipc, 8 if size <= SMALL // 2 else 4)
+        kinds = {"real": [self._real(c, n, size) for c in shown]}
+        for role in ("initial", "distilled"):
+            folder = self.material.find(role)
+            if folder is not None:
+                kept = Distilled(folder, len(self.split.classes))
+                kinds[role] = [images.shrunk(np.asarray(kept.load(c)[:n]), size) for c in shown]
+        names = ", ".join(f"{self.split.classes[c]} ({self.split.counts[c]:,})" for c in shown)
+        *first, last = kinds
+        title = f"{', '.join(first)} and {last} images".capitalize()
+        said = f"A row a class, from head to tail: {names}. Left to right: {', '.join(kinds)}."
+        if self.material.resolution > SMALL:
+            said += f" Shrunk to {SMALL} pixels."
+        source, width = images.contact_sheet(list(kinds.values()), n)
+        scale = max(1, round(960 / width))
+        return [Sheet(title, source, width * scale, said)]
 
-def _sheets(material: Material, split: ShardSplit) -> tuple[str, str]:
-    """(heading, HTML) of real, initial (if there are such) and distilled images."""
-    size = material.resolution
-    order = np.argsort(-split.counts, kind="stable")
-    every = np.unique(np.linspace(0, len(order) - 1, min(12, len(order))).astype(int))
-    shown = [int(c) for c in order[every]]
-    n = min(material.ipc, 8 if size <= 64 else 4)
-    kinds = {"real": [_real(split, c, n, size) for c in shown]}
-    for role in ("initial", "distilled"):
-        folder = material.find(role)
-        if folder is not None:
-            kept = Distilled(folder, len(split.classes))
-            kinds[role] = [_filled(np.asarray(kept.load(c)[:n]), n) for c in shown]
-    names = ", ".join(f"{split.classes[c]} ({split.counts[c]})" for c in shown)
-    note = f"A row a class, from head to tail: {names}. Left to right: {', '.join(kinds)}."
-    scale = max(1, round(900 / (len(kinds) * n * (size + 2) + 20))) if size <= 64 else 1
-    *first, last = kinds
-    heading = f"{', '.join(first)} and {last} images".capitalize()
-    return heading, _note(note) + contact_sheet(list(kinds.values()), scale)
+    def _real(self, label: int, n: int, size: int) -> np.ndarray:
+        members = np.flatnonzero(self.split.labels == label)[:n]
+        found = [np.asarray(square(self.split.image(int(i)), size)) for i in members]
+        return np.stack(found).transpose(0, 3, 1, 2)
 
+    def _work(self) -> list[Block]:
+        losses = self.drawing("losses") or [Note("No losses were kept.")]
+        software = files.read_json(self.material.folder("verdict") / "stage.json")["software"]
+        table = Table("Stages, what they took and made", self._stages())
+        return [
+            *losses,
+            *self.drawing("timeline"),
+            table,
+            Note(", ".join(f"{k} {v}" for k, v in software.items())),
+        ]
 
-def _real(split: ShardSplit, label: int, n: int, size: int) -> np.ndarray:
-    members = np.flatnonzero(split.labels == label)[:n]
-    images = [np.asarray(square(split.image(int(i)), size)).transpose(2, 0, 1) for i in members]
-    return _filled(np.stack(images), n)
+    def _stages(self) -> list[list[str]]:
+        """Rows of the table of stages; all students share one."""
+        out: dict[str, list[str]] = {"": ["stage", "time", "on", "facts"]}
+        seconds, num_students = 0.0, 0
+        for name, folder in self.material.stages:
+            record = files.read_json(folder / "stage.json")
+            if kind_of(folder) == "student":
+                seconds, num_students = seconds + record["seconds"], num_students + 1
+                cells = f"{num_students} students in {len(self.summary['students'])} cells"
+                out["students"] = ["students", f"{duration(seconds)} of one rank", "", cells]
+                continue
+            facts = ", ".join(f"{k} {v}" for k, v in record["facts"].items())
+            where = f"{record['ranks']} × {record['device']}"
+            out[name] = [name, duration(record["seconds"]), where, facts]
+        return list(out.values())
 
-
-def _filled(images: np.ndarray, n: int) -> np.ndarray:
-    """`n` images; blank ones where there are fewer."""
-    missing = max(n - len(images), 0)
-    return np.concatenate([images[:n], np.full((missing, *images.shape[1:]), 245, np.uint8)])
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    return files.read_json(folder / "stage.json")
-
-
-def _kind(record: dict[str, Any]) -> str:
-    return record.get("kind") or record.get("stage") or ""
-
-
-def _expert_losses(material: Material) -> dict[str, list[float]]:
-    """The loss of each epoch of every expert of the run."""
-    out = {}
-    for name, folder in material.stages:
-        if _kind(_record(folder)) == "experts":
-            out[name] = [entry["loss"] for entry in files.read_json(folder / "log.json")]
-    return out
-
-
-def _student_losses(material: Material, results: dict[str, Any]) -> dict[str, Sequence[float]]:
-    """The first seed's students of the first net: the configured labels, and the whole set."""
-    net, summary = material.student["net"], results["summary"]
-    records = results["loss_curves"]
-    first = min((r["seed"] for r in records), default=0)
-    shown = [
-        r
-        for r in records
-        if r["seed"] == first
-        and r["net"] == net
-        and (r["set"] in WHOLE_SETS or r["labels"] == labels_of(r["set"], summary))
-    ]
-    return {f"{r['set']} {r['labels']} {r['net']}": r["loss"] for r in shown}
-
-
-def _stages(material: Material, summary: dict[str, Any]) -> str:
-    """Rows of the table of stages; all students share one."""
-    rows: dict[str, list[str]] = {}
-    seconds, num_students = 0.0, 0
-    for name, folder in material.stages:
-        record = _record(folder)
-        if _kind(record) == "student":
-            seconds, num_students = seconds + record["seconds"], num_students + 1
-            cells = f"{num_students} students in {len(summary['students'])} cells"
-            rows["students"] = ["students", f"{duration(seconds)} of one rank", "", cells]
-            continue
-        facts = ", ".join(f"{k} {v}" for k, v in record["facts"].items())
-        where = f"{record['ranks']} × {record['device']}"
-        rows[name] = [name, duration(record["seconds"]), where, facts]
-    return "".join(
-        "<tr>" + "".join(f"<td class=t>{html.escape(str(c))}</td>" for c in row) + "</tr>"
-        for row in rows.values()
-    )
+    def _config(self) -> list[Block]:
+        return [Code("All settings", self.material.config_yaml)]

@@ -1,4 +1,4 @@
-"""The report of a run: the distilled set, results.json, a Markdown table, the page.
+"""The report of a run: the distilled set, results.json, a Markdown table, pictures, the page.
 
 Asking whether there is one imports neither torch nor NumPy: `status` asks.
 """
@@ -9,11 +9,12 @@ import hashlib
 import json
 from pathlib import Path
 
+from ltdd_scale.publish import lrs
 from ltdd_scale.publish.material import FOLDER, Material
-from ltdd_scale.publish.tables import table
+from ltdd_scale.publish.tables import markdown, stage_rows, table
 from ltdd_scale.runtime import files
 
-VERSION = 2  # raised when a report looks different for the same material
+VERSION = 3  # raised when a report looks different for the same material
 MARK = ".report"
 WHOLE = (MARK, "results.json", "results.md", "report.html", f"{FOLDER}/files.json")
 
@@ -26,19 +27,31 @@ def write(material: Material, out: Path) -> None:
     from ltdd_scale.data.shards import ShardSplit
     from ltdd_scale.publish import page
     from ltdd_scale.publish import set as distilled_set
+    from ltdd_scale.publish.gallery import Gallery
+    from ltdd_scale.publish.pictures import canvas
 
     results = files.read_json(material.folder("verdict") / "results.json")
     split = ShardSplit(material.folder("shard"), "train")
     distilled_set.write(material, split, results, out)
     files.write_json(out / "results.json", results)
-    files.write_text(out / "results.md", f"# {material.name}\n\n{table(results)}\n")
-    files.write_text(out / "report.html", page.render(material, split, results))
-    files.write_text(out / MARK, mark(material))
+    pairs = stage_rows(results)
+    every = f"All pairs of stages:\n\n{markdown(pairs)}" if pairs else ""
+    parts = (f"# {material.name}", table(results), lrs.text(results), every)
+    shown = "\n\n".join(filter(None, parts))
+    files.write_text(out / "results.md", f"{shown}\n")
+    pictures = Gallery(material, split, results).all()
+    drawn = canvas.save(pictures, out)
+    files.write_text(out / "report.html", page.render(material, split, results, pictures, drawn))
+    names = [f"{canvas.FOLDER}/{name}.{kind}" for name in drawn for kind in ("svg", "png")]
+    files.write_text(out / MARK, "\n".join([mark(material), *names]) + "\n")
 
 
 def is_current(material: Material, out: Path) -> bool:
     """Whether `out` holds the report of just this material."""
-    return all((out / p).exists() for p in WHOLE) and (out / MARK).read_text() == mark(material)
+    if not all((out / p).exists() for p in WHOLE):
+        return False
+    lines = (out / MARK).read_text().splitlines()
+    return lines[:1] == [mark(material)] and all((out / p).exists() for p in lines[1:])
 
 
 def mark(material: Material) -> str:

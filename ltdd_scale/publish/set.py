@@ -1,25 +1,39 @@
-"""The distilled set as it leaves the house: PNGs, labels, teacher, a card, and hashes of all."""
+"""The distilled set as it leaves the house: images, labels, teacher, a card, and hashes of all.
+
+``write`` makes it from the stages of a run, ``rewrite`` from one that was exported before.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
 import shutil
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ltdd_scale.data import whitening
 from ltdd_scale.data.distilled import Distilled
+from ltdd_scale.data.settings import Location
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.errors import UserError
+from ltdd_scale.models import frozen
 from ltdd_scale.publish.card import card
+from ltdd_scale.publish.encode import Encoding, decode
+from ltdd_scale.publish.formats import WRITERS
 from ltdd_scale.publish.material import FOLDER, Material
+from ltdd_scale.publish.opened import SOFT, Opened
+from ltdd_scale.publish.settings import FORMATS, IMAGEFOLDER, Publish
 from ltdd_scale.runtime import files
+from ltdd_scale.settings import parse
 
-FORMAT = 2
+FORMAT = 3
+TEACHER = "teacher.safetensors"
+TEACHERS = (TEACHER, "teacher.pt")  # the second before format 3
+THREADS = 4  # that encode images
 
 
 def write(material: Material, split: ShardSplit, results: dict[str, Any], out: Path) -> None:
@@ -27,14 +41,46 @@ def write(material: Material, split: ShardSplit, results: dict[str, Any], out: P
 
     Raises `UserError` where the disk is full; what was there before is then still there.
     """
-    fresh = out / f".{FOLDER}.new"
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        _fill(_Folder(fresh), material, split, results)
-        _swap(fresh, out / FOLDER)
-    except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise files.explain(error, out / FOLDER) from error
+    with swapped_in(out / FOLDER) as fresh:
+        _fill(fresh, material, split, results)
+
+
+def rewrite(
+    opened: Opened,
+    out: Path,
+    formats: Iterable[str],
+    encoding: Encoding,
+    publish: Publish,
+    change: dict[str, Any] | None = None,
+) -> None:
+    """Write the set again as `out`, in `formats` (``imagefolder`` and names of `WRITERS`), with
+    images of `encoding` and the licence of `publish`. `change`: what that costs in accuracy, as
+    `card.change_text` takes it.
+
+    Raises `UserError` where images of another encoding are asked of a set whose own have lost
+    something already.
+    """
+    if encoding != opened.encoding and opened.encoding.lossy:
+        raise UserError(
+            f"{opened.folder}: its images are {opened.encoding.title} and have lost something "
+            "already: export from a set with lossless ones"
+        )
+    with swapped_in(out) as fresh:
+        told = dict(opened.told)
+        told["config"] = {**told["config"], "publish": publish.model_dump(mode="json")}
+        told["images"] = _recode(opened, fresh, encoding)
+        if change:
+            told["images"]["change"] = change
+        for name in ("hints.json", "results.json", whitening.FILE):
+            if (opened.folder / name).exists():
+                shutil.copyfile(opened.folder / name, fresh / name)
+        _rename_provenance(opened.folder / "provenance.json", fresh, encoding.suffix)
+        _copy_labels(opened.folder / "labels", fresh)
+        teacher = find_teacher(opened.folder)
+        if teacher is not None:
+            _put_teacher(teacher, fresh)
+        results = fresh / "results.json"
+        _finish(fresh, told, formats, files.read_json(results) if results.exists() else None)
 
 
 def damage(folder: Path) -> list[str]:
@@ -57,51 +103,36 @@ def folder_names(classes: list[str]) -> list[str]:
     return [f"{k:05d}_{c}" for k, c in enumerate(plain)]
 
 
-class _Folder:
-    """A folder being filled, and the hash of each file in it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.digests: dict[str, str] = {}
-
-    def put(self, name: str, content: bytes) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        self.digests[name] = hashlib.sha256(content).hexdigest()
-
-    def put_json(self, name: str, value: Any, indent: int = 1) -> None:
-        text = json.dumps(value, indent=indent, ensure_ascii=False)
-        self.put(name, (text + "\n").encode())
+def find_teacher(folder: Path) -> Path | None:
+    """The teacher's weights in a distilled set, of any format."""
+    return next((folder / name for name in TEACHERS if (folder / name).exists()), None)
 
 
-def _fill(folder: _Folder, material: Material, split: ShardSplit, results: dict[str, Any]) -> None:
+def _fill(fresh: Path, material: Material, split: ShardSplit, results: dict[str, Any]) -> None:
     names = folder_names(split.classes)
-    known = _put_images(folder, Distilled(material.folder("distilled"), len(names)), names)
-    for path in sorted(material.folder("labels").iterdir()):
-        if path.suffix in (".npy", ".json") and path.name != "stage.json":
-            folder.put(f"labels/{path.name}", path.read_bytes())
-    teacher = material.find("teacher")
-    if teacher is not None:
-        folder.put("teacher.pt", (teacher / "weights.pt").read_bytes())
-    folder.put_json("set.json", description(material, split, names))
-    folder.put("README.md", card(material, split, names, results, known).encode())
-    files.write_json(folder.path / "files.json", folder.digests)
-
-
-def _put_images(folder: _Folder, distilled: Distilled, names: list[str]) -> bool:
-    """``images/<class>/00000.png`` …, and ``provenance.json`` with a row for each; whether it has
-    any: a method may make images from nothing."""
+    publish = parse(Publish, material.config.get("publish", {}), "publish.")
+    encoding = Encoding(publish.images, publish.quality)
+    held = Distilled(material.folder("distilled"), len(names))
+    told = description(material, split, names)
+    told["images"] = _put_images(
+        fresh, encoding, ((name, held.load(label)) for label, name in enumerate(names))
+    )
     provenance = []
     for label, name in enumerate(names):
-        for k, pixels in enumerate(distilled.load(label)):
-            folder.put(f"images/{name}/{k:05d}.png", _png(pixels))
-        for k, row in enumerate(distilled.provenance(label)):
-            provenance.append({"file": f"images/{name}/{k:05d}.png", **row})
-    folder.put_json("provenance.json", provenance, indent=0)
-    if hints := distilled.hints():
-        folder.put_json("hints.json", hints)
-    return bool(provenance)
+        for k, row in enumerate(held.provenance(label)):
+            provenance.append({"file": f"images/{name}/{k:05d}.{encoding.suffix}", **row})
+    files.write_json(fresh / "provenance.json", provenance)
+    if hints := held.hints():
+        files.write_json(fresh / "hints.json", hints)
+    if zca := material.find("zca"):
+        shutil.copyfile(zca / whitening.FILE, fresh / whitening.FILE)
+    _copy_labels(material.folder("labels"), fresh)
+    teacher = material.find("teacher")
+    if teacher is not None:
+        _put_teacher(teacher / "weights.pt", fresh)
+    kept = {name: value for name, value in results.items() if name != "loss_curves"}
+    files.write_json(fresh / "results.json", kept)
+    _finish(fresh, told, (IMAGEFOLDER, *publish.formats), results)
 
 
 def description(material: Material, split: ShardSplit, names: list[str]) -> dict[str, Any]:
@@ -116,16 +147,141 @@ def description(material: Material, split: ShardSplit, names: list[str]) -> dict
         "resolution": material.resolution,
         "mean": split.mean,
         "std": split.std,
+        # Networks see whitened images, and mean and std above do not apply.
+        "zca": whitening.FILE if material.find("zca") else "",
         "labels": material.labels,
         "student": material.student,
-        "config": material.config,
+        "config": _elsewhere(material.config),
     }
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
-    return buffer.getvalue()
+def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the paths of the machine that the set was made on."""
+    data = dict(config["data"])
+    for name in Location.model_fields:
+        if name in data:
+            data[name] = "" if name == "path" else Path(data[name]).name
+    return {**config, "data": data}
+
+
+def _finish(
+    fresh: Path, told: dict[str, Any], formats: Iterable[str], results: dict[str, Any] | None
+) -> None:
+    """What is written from the images and labels that lie there: the other formats, ``set.json``,
+    the card, the hashes."""
+    wanted = [name for name in (IMAGEFOLDER, *FORMATS) if name in set(formats)]
+    provenance = fresh / "provenance.json"
+    told = {
+        **told,
+        "format": FORMAT,
+        "formats": wanted,
+        "teacher": find_teacher(fresh) is not None,
+        "soft_labels": next((n for n in SOFT if (fresh / "labels" / n).exists()), ""),
+        "provenance": provenance.exists() and bool(files.read_json(provenance)),
+    }
+    files.write_json(fresh / "set.json", told)  # who opens the set reads it
+    opened = Opened(fresh)
+    opened.told["image_counts"] = opened.image_counts
+    files.write_json(fresh / "set.json", opened.told)
+    for name in wanted:
+        if name in WRITERS:
+            WRITERS[name](opened, fresh / name)
+    if IMAGEFOLDER not in wanted:
+        shutil.rmtree(fresh / "images")
+    files.write_text(fresh / "README.md", card(opened, results))
+    put_hashes(fresh)
+
+
+def put_hashes(folder: Path) -> None:
+    """Write ``files.json``: the SHA-256 of every other file."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    hashes = {p.relative_to(folder).as_posix(): files.sha256(p) for p in found}
+    files.write_json(folder / "files.json", hashes)
+
+
+def _put_images(
+    fresh: Path, encoding: Encoding, classes: Iterable[tuple[str, Iterable[np.ndarray]]]
+) -> dict[str, Any]:
+    """``images/<class>/00000.png`` …, class after class; what ``set.json`` says of them."""
+    png, total, lossless = Encoding("png"), 0, 0
+
+    def put(path: Path, pixels: np.ndarray) -> tuple[int, int]:
+        content = encoding.encode(pixels)
+        path.write_bytes(content)
+        as_png = len(content) if encoding.name == "png" else len(png.encode(pixels))
+        return len(content), as_png
+
+    with ThreadPoolExecutor(THREADS, "images") as pool:
+        for name, images in classes:
+            folder = fresh / "images" / name
+            folder.mkdir(parents=True)
+            waiting = [
+                pool.submit(put, folder / f"{k:05d}.{encoding.suffix}", pixels)
+                for k, pixels in enumerate(images)
+            ]
+            for future in waiting:
+                written, as_png = future.result()
+                total, lossless = total + written, lossless + as_png
+    told = {"format": encoding.name, "bytes": total, "png_bytes": lossless}
+    return told | ({"quality": encoding.quality} if encoding.lossy else {})
+
+
+def _recode(opened: Opened, fresh: Path, encoding: Encoding) -> dict[str, Any]:
+    """The images of a set with another encoding, or their own bytes; what to say of them."""
+    named = zip(opened.told["folders"], opened.paths, strict=True)
+    if encoding != opened.encoding:
+        return _put_images(
+            fresh,
+            encoding,
+            ((name, [decode(p.read_bytes()) for p in found]) for name, found in named),
+        )
+    total = 0
+    for name, found in named:
+        (fresh / "images" / name).mkdir(parents=True)
+        for path in found:
+            shutil.copyfile(path, fresh / "images" / name / path.name)
+            total += path.stat().st_size
+    return opened.told.get("images") or {"format": "png", "bytes": total, "png_bytes": total}
+
+
+def _rename_provenance(source: Path, fresh: Path, suffix: str) -> None:
+    """``provenance.json`` with the names that the images have now."""
+    if source.exists():
+        rows = files.read_json(source)
+        for row in rows:
+            row["file"] = f"{row['file'].rpartition('.')[0]}.{suffix}"
+        files.write_json(fresh / source.name, rows)
+
+
+def _copy_labels(source: Path, fresh: Path) -> None:
+    (fresh / "labels").mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".npy", ".json") and path.name != "stage.json":
+            shutil.copyfile(path, fresh / "labels" / path.name)
+
+
+def _put_teacher(weights: Path, fresh: Path) -> None:
+    """The teacher without what only its own training needed."""
+    recipe, model = frozen.read(weights)
+    frozen.write(fresh / TEACHER, recipe, model)
+
+
+@contextmanager
+def swapped_in(place: Path) -> Generator[Path]:
+    """A new folder beside `place`, which becomes `place` when all went well. What was there before
+    is replaced."""
+    fresh = place.with_name(f".{place.name}.new")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        _swap(fresh, place)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise files.explain(error, place) from error
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
 
 
 def _swap(fresh: Path, place: Path) -> None:

@@ -30,6 +30,12 @@ KINDS = (
     "hard",
     "learned",
 )  # the columns of the matrix; others come after
+# First and second stage of the Two-stage paper, as a result calls them.
+PUBLISHED = ("group classifier, whole set", "in-group students, distilled")
+STAGES_SAID = (
+    "Two stages: the first decides the group, the second the class in it. `group`: how often the "
+    "group is right; `in group`: how often the class is, where the group is given"
+)
 
 
 def numbers(summary: dict[str, Any]) -> list[str]:
@@ -51,18 +57,26 @@ def cell(entry: dict[str, Any], number: str) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
+    """All tables as Markdown: the results, the label matrix and the published pair of stages, where
+    there are such."""
+    first = HEADINGS[numbers(results["summary"])[0]]
+    text = markdown(rows(results))
+    if results["matrix"]:
+        text += f"\n\nThe label matrix ({first}):\n\n" + matrix_table(results)
+    if pairs := stage_rows(results, published=True):
+        text += f"\n\n{STAGES_SAID}:\n\n{markdown(pairs)}"
+    return text
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
     """The set beside random real images, the whole long-tailed set and the experts."""
     summary = results["summary"]
     shown = numbers(summary)
-    rows = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
+    out = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
     for title, e in [*_students(summary), *summary["experts"].items()]:
         start = [title, e.get("labels", "–"), e["net"], str(e.get("ipc") or "–")]
-        rows.append([*start, *(cell(e, n) for n in shown), str(e.get("num_seeds", 1))])
-    text = markdown(rows)
-    if results["matrix"]:
-        first = HEADINGS[shown[0]]
-        text += f"\n\nThe label matrix ({first}):\n\n" + matrix_table(results)
-    return text
+        out.append([*start, *(cell(e, n) for n in shown), str(e.get("num_seeds", 1))])
+    return out
 
 
 def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -85,6 +99,11 @@ def _configured(entry: dict[str, Any], summary: dict[str, Any]) -> bool:
 
 
 def matrix_table(results: dict[str, Any]) -> str:
+    """`matrix_rows` as Markdown."""
+    return markdown(matrix_rows(results))
+
+
+def matrix_rows(results: dict[str, Any]) -> list[list[str]]:
     """Images × labels, the number that counts; what nobody trained on is left out. A dash where a
     set has no such labels: real images have no learned ones."""
     summary = results["summary"]
@@ -93,12 +112,31 @@ def matrix_table(results: dict[str, Any]) -> str:
     sets = [s for s in ("random", "initial", "distilled") if any(s == k[0] for k in cells)]
     there = list(dict.fromkeys(kind for which, kind, _ in cells if which in sets))
     kinds = [k for k in KINDS if k in there] + [k for k in there if k not in KINDS]
-    rows = [["images", *kinds, "net"]]
+    out = [["images", *kinds, "net"]]
     for net in sorted({k[2] for k in cells if k[0] in sets}):
         for which in sets:
             values = [cell(cells.get((which, kind, net), {}), number) for kind in kinds]
-            rows.append([SHOWN[which], *values, net])
-    return markdown(rows)
+            out.append([SHOWN[which], *values, net])
+    return out
+
+
+def stage_rows(results: dict[str, Any], published: bool = False) -> list[list[str]]:
+    """Networks of one stage, and all pairs of stages or the `published` one alone; nothing where
+    the protocol is another."""
+    pairs = results.get("two_stage", {}).get("rows", [])
+    if published:
+        pairs = [e for e in pairs if e["first"] is None or (e["first"], e["second"]) == PUBLISHED]
+    if not pairs:
+        return []
+    shown = [n for n in numbers(results["summary"]) if n != "top5"]
+    first, last = shown[:3], shown[3:]
+    heading = [*(HEADINGS[n] for n in first), "group", "in group", *(HEADINGS[n] for n in last)]
+    out = [["first stage", "second stage", "routing", "net", *heading, "seeds"]]
+    for e in pairs:
+        start = [e["first"] or "– (one stage)", e["second"], e["routing"] or "–", e["net"]]
+        cells = [cell(e, n) for n in (*first, "group_acc", "in_group_acc", *last)]
+        out.append([*start, *cells, str(e.get("num_seeds", 1))])
+    return out
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

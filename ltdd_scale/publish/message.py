@@ -1,0 +1,131 @@
+"""What a run says, in a sentence: the set against random real images and the whole set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from scipy import special
+
+from ltdd_scale.publish.tables import HEADINGS, KINDS, PUBLISHED, cell, numbers
+from ltdd_scale.results import labels_of
+
+Entry = Mapping[str, Any]
+CONFIDENCE = 0.95  # of the two-sided test (Welch's) by which a difference is more than noise
+
+
+def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
+    """The sentence of the configured labels, and one for each other kind that was run.
+
+    `net`: the students' network; `images` of the distilled set, `total` of the whole set.
+    """
+    number = numbers(dict(summary))[0]
+    cells = {(e["set"], e["labels"]): e for e in summary["students"] if e["net"] == net}
+    kind = summary["labels"]
+    own = cells.get(("distilled", kind))
+    if own is None or own.get(number) is None:
+        return []
+    what = "" if number == "top1" else f" ({HEADINGS[number]} accuracy)"
+    said = (
+        f"Trained on {images:,} distilled images with {kind} labels a student reaches "
+        f"{cell(dict(own), number)} %{what}"
+    )
+    baseline = labels_of("random", summary)
+    parts = []
+    random = cells.get(("random", baseline))
+    if random is not None:
+        parts.append(_against_random(own, random, number, baseline if baseline != kind else ""))
+    whole = adjusted(summary, net)
+    if whole is not None:
+        parts.append(_against_whole(own, whole, number, total))
+    out = [f"{said}: {', and '.join(parts)}." if parts else f"{said}."]
+    others = [k for s, k in cells if s == "distilled" and k != kind]
+    for other in sorted(others, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS)):
+        distilled, beside = cells["distilled", other], cells.get(("random", other))
+        if distilled.get(number) is None or beside is None:
+            continue
+        against = _against_random(distilled, beside, number, "")
+        out.append(f"With {other} labels: {cell(dict(distilled), number)} %, {against}.")
+    return out
+
+
+def two_stages(results: Entry) -> list[str]:
+    """A sentence on the published pair of stages, where it was trained; the pair is given, not
+    chosen by its result."""
+    number = numbers(dict(results["summary"]))[0]
+    found = results.get("two_stage", {}).get("rows", [])
+    cells = {(e["first"], e["second"]): e for e in found if e["routing"] in (None, "hard")}
+    own, one = cells.get(PUBLISHED), cells.get((None, "distilled"))
+    if own is None or one is None:
+        return []
+    more, noise = difference(own, one, number)
+    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
+    said = f"{amount} than in one stage"
+    if noise or abs(more) < 0.05:
+        said = f"no better than in one stage ({amount}, within the noise)"
+    return [
+        f"In two stages, the group by a classifier of the whole set and the class by students of "
+        f"the distilled set: {cell(dict(own), number)} %, {said}."
+    ]
+
+
+def adjusted(summary: Entry, net: str) -> Entry | None:
+    """The plain network on the whole set after logit adjustment: of `net`, or what stands in."""
+    found = [e for e in summary.get("plain", []) if e["title"].endswith("logit-adjusted")]
+    return next((e for e in found if e["net"] == net), found[0] if found else None)
+
+
+def _against_random(own: Entry, other: Entry, number: str, labels: str) -> str:
+    labelled = f" with {labels} labels" if labels else ""
+    than = f"random real images{labelled}"
+    more, noise = difference(own, other, number)
+    if abs(more) < 0.05:
+        return f"no better than on {than}"
+    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
+    if noise:
+        return f"no better than on {than} ({amount}, within the noise)"
+    doubt = " (one seed each: the noise is not known)" if noise is None else ""
+    if more > 0:
+        return f"{amount} than on {than}{doubt}"
+    return f"not better but worse than on {than}, by {abs(more):.1f}{doubt}"
+
+
+def _against_whole(own: Entry, whole: Entry, number: str, total: int) -> str:
+    name = whole["title"].partition(",")[0]
+    name = "the plain network" if name == "plain" else f"the {name}"
+    what = f"{name} on all {total:,} images after logit adjustment"
+    more, noise = difference(own, whole, number)
+    if abs(more) < 0.05:
+        return f"as much as {what}"
+    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
+    if noise:
+        return f"as much as {what} within the noise ({amount})"
+    doubt = " (one seed each: the noise is not known)" if noise is None else ""
+    return f"{amount} than {what}{doubt}"
+
+
+def difference(one: Entry, other: Entry, number: str) -> tuple[float, bool | None]:
+    """(how much more `one` has, whether that may be the noise of seeds).
+
+    Welch's test at `CONFIDENCE`. Where only one of them has several seeds, the other is taken for
+    a draw of the same spread; where neither has, the noise is not known: None.
+    """
+    more = float(f"{one[number]:.1f}") - float(f"{other[number]:.1f}")  # as they are shown
+    known = [
+        (e[f"{number}_std"], e["num_seeds"])
+        for e in (one, other)
+        if e.get(f"{number}_std") is not None and e.get("num_seeds", 1) > 1
+    ]
+    if not known:
+        return more, None
+    if len(known) == 1:
+        ((spread, count),) = known
+        square, freedom = spread**2 * (1 + 1 / count), count - 1.0
+    else:
+        shares = [spread**2 / count for spread, count in known]
+        square = sum(shares)
+        weights = sum(v**2 / (n - 1) for v, (_, n) in zip(shares, known, strict=True))
+        freedom = square**2 / weights if weights else 1.0
+    limit = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * math.sqrt(square)
+    return more, abs(more) <= limit

@@ -1,0 +1,33 @@
+"""Settings of the exported set. No stage reads them: they change no result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ltdd_scale.settings import Settings, Text, Whole, option
+
+Images = Literal["png", "webp", "webp-lossy", "jpeg"]
+FORMATS = ("parquet", "webdataset")  # beside the folder of images, which every set has
+SET, IMAGEFOLDER, DDRANKING = "set", "imagefolder", "ddranking"
+EXPORTS = (SET, IMAGEFOLDER, *FORMATS, DDRANKING)  # what `ltdd-scale export` writes
+NAMED_SETS = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet1K")  # that ddranking knows
+
+
+class Publish(Settings):
+    """The distilled set as it is given away."""
+
+    license: Text = option(
+        "",
+        "licence of the source images, such as cc-by-4.0 (Hugging Face's name of it, or any other "
+        "words); empty: the card says that it is not stated",
+    )
+    license_link: Text = option("", "where a licence of another name can be read: a URL")
+    source: Text = option("", "what the images were distilled from, for the card: a name or a URL")
+    tags: list[Text] = option([], "more tags for the card's header")
+    formats: list[Literal["parquet", "webdataset"]] = option(
+        list(FORMATS), "what is written beside images/: each holds all images and labels once more"
+    )
+    images: Images = option(
+        "png", "format of the images: png and webp lose nothing, webp-lossy and jpeg do"
+    )
+    quality: Whole = option(90, "quality of webp-lossy and jpeg, of 100", low=1, high=100)
