@@ -43,6 +43,7 @@ recover: {batch_size: 20, chunk_classes: 5, iterations: 150}
 relabel: {labels: single}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: none}
 runtime: {checkpoint_seconds: 1, device: cpu}
+publish: {pictures: false, formats: []}
 """
 
 

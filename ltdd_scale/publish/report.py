@@ -39,7 +39,8 @@ def write(material: Material, out: Path) -> None:
     parts = (f"# {material.name}", table(results), lrs.text(results), every)
     shown = "\n\n".join(filter(None, parts))
     files.write_text(out / "results.md", f"{shown}\n")
-    pictures = Gallery(material, split, results).all()
+    wanted = material.config.get("publish", {}).get("pictures", True)
+    pictures = Gallery(material, split, results).all() if wanted else []
     drawn = canvas.save(pictures, out)
     files.write_text(out / "report.html", page.render(material, split, results, pictures, drawn))
     names = [f"{canvas.FOLDER}/{name}.{kind}" for name in drawn for kind in ("svg", "png")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ltdd_scale.settings import Settings, Text, Whole, option
+from ltdd_scale.settings import Settings, Switch, Text, Whole, option
 
 Images = Literal["png", "webp", "webp-lossy", "jpeg"]
 FORMATS = ("parquet", "webdataset")  # beside the folder of images, which every set has
@@ -29,5 +29,8 @@ class Publish(Settings):
     )
     images: Images = option(
         "png", "format of the images: png and webp lose nothing, webp-lossy and jpeg do"
+    )
+    pictures: Switch = option(
+        True, "pictures in the page and as SVG and PNG files; without: some seconds less a run"
     )
     quality: Whole = option(90, "quality of webp-lossy and jpeg, of 100", low=1, high=100)
