@@ -227,6 +227,39 @@ def test_the_table_of_images_and_labels(tmp_path):
     assert cells_of(text, "# s")["a"]["published"] == "–"  # its students are of another network
 
 
+def test_the_table_of_two_stages(tmp_path):
+    """One stage first, then a row a pair; a dash where a point has no such pair."""
+
+    def row(first, second, routing, top1):
+        numbers = {"top1": top1, "top1_std": 0.5, "class_std": 9.25}
+        return {"first": first, "second": second, "routing": routing, **numbers}
+
+    mine = {
+        "a": [row("G", "S", "hard", 40.0), row(None, "distilled", None, 38.0)],
+        "b": [row(None, "distilled", None, 39.0), row("G", "T", "soft", 41.0)],
+        "c": [],
+    }
+    points = [point(tmp_path, name, "ipc=" + str(k + 1)) for k, name in enumerate(mine)]
+    for name, rows in mine.items():
+        found = matrix_of({("distilled", "hard", "convnet3"): 38.0}, "hard", 50.0)
+        if rows:
+            found["two_stage"] = {"rows": rows}
+        files.write_json(make(tmp_path / name) / "results.json", found)
+    beside = [sweep.Published(method="R", top1=3.5, labels="hard", class_std=7.5)]
+    found = sweep.Sweep("s", Path("c.yaml"), {name: {} for name in mine}, published=beside)
+    made = campaign.Campaign("s", tmp_path / "jobs", tmp_path, "local", points=points)
+    text = sweep_table.write(found, made, tmp_path, lambda job: "")
+    table = text[text.index("Two stages:") :]
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [line for line in lines if len(line) == 5 and "--" not in line[0]] == [
+        ["first stage", "second stage", "routing", "a", "b"],
+        ["– (one stage)", "distilled", "–", "38.0 ± 0.5 / 9.2", "39.0 ± 0.5 / 9.2"],
+        ["G", "S", "hard", "40.0 ± 0.5 / 9.2", "–"],
+        ["G", "T", "soft", "–", "41.0 ± 0.5 / 9.2"],
+    ]
+    assert "R 3.5 / 7.5" in table
+
+
 def test_what_the_set_of_a_point_took(finished, tmp_path):
     """Summed from the records of a run that was done: experts that the set needs, and the method."""
     config, run = finished

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ltdd_scale.launch import campaign, sweep_matrix, sweep_pictures
+from ltdd_scale.launch import campaign, sweep_matrix, sweep_pictures, sweep_stages
 from ltdd_scale.launch.campaign import Campaign
 from ltdd_scale.launch.jobs import Job, Summary
 from ltdd_scale.launch.parts import Spent, spent
@@ -48,21 +48,25 @@ class Finished:
 
 
 def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) -> str:
-    """Write ``results.json`` and ``sweep.md``: one table of all points, with published numbers; one
-    of images × labels, where points have several kinds of labels or of networks; one of the means
-    over seeds; pictures, where points differ in IPC or imbalance factor. Return the text.
+    """Write ``results.json`` and ``sweep.md``, and return its text.
+
+    Tables of all points with published numbers; of images × labels, where points have several kinds
+    of labels or of networks; of means over seeds; of all pairs of two stages. Pictures, where points
+    differ in IPC or imbalance factor.
 
     `why(job)`: the last error of a job, or nothing.
     """
     found: list[Finished] = []
     missing: list[str] = []
+    pairs: dict[str, list[dict[str, Any]]] = {}
     points = {p.name: p for p in made.points}
     for name, settings in sweep.points.items():
         point = points.get(name)
         if point is None or not (point.out / "results.json").exists():
             missing.append(f"- **{name}**: {_why_missing(made, name, why)}")
             continue
-        summary = files.read_json(point.out / "results.json")["summary"]
+        results = files.read_json(point.out / "results.json")
+        summary, pairs[name] = results["summary"], results.get("two_stage", {}).get("rows", [])
         took = spent(point, made.store)
         own = _numbers_of(summary)
         found.append(Finished(name, settings, point.config, summary, own, took))
@@ -71,6 +75,7 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
     unbalanced = [s for s in summaries if not s.get("balanced_test", True)]
     shown = numbers(dict((unbalanced or summaries or [{}])[0]))[:2]
     text = _page(sweep, found, missing, shown)
+    text += sweep_stages.table(found, pairs, sweep.published, shown[0])
     features = {
         f.name: node.folder(made.store)
         for f in found
