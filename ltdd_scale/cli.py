@@ -97,7 +97,8 @@ def _working(commands, name: str, text: str) -> argparse.ArgumentParser:
         "--part",
         type=_part,
         metavar="K/N",
-        help="only the K-th (from 0) of N shares of the work, as an array job does it",
+        help="only the K-th (from 0) of N shares of the work, as an array job does it; evaluate "
+        "--part: of students of all classes, group-students --part: of those of groups of classes",
     )
     return p
 

@@ -155,17 +155,35 @@ def describe(distilled: Path) -> Description:
 def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """Images under folder/<name>/ as uint8 [N, 3, R, R], with labels int64 [N]. Raises `UserError`
     for a class without images."""
-    pixels, labels = [], []
+    found = find_images(folder, names)
+    labels = np.repeat(np.arange(len(names)), [len(paths) for paths in found])
+    pixels = np.empty((len(labels), 3, resolution, resolution), np.uint8)
+    for row, path in enumerate(path for paths in found for path in paths):
+        with Image.open(path) as image:
+            shown = square(image.convert("RGB"), resolution)
+        pixels[row] = np.asarray(shown).transpose(2, 0, 1)
+    return pixels, labels
+
+
+def find_images(folder: Path, names: list[str]) -> list[list[Path]]:
+    """The image files folder/<name>/* of each name, sorted. Raises `UserError` for a class without
+    images."""
+    out = []
     for c, name in enumerate(names):
         found = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_NAMES)
         if not found:
             raise UserError(f"{folder / name}: no images of class {c} there")
-        for path in found:
-            with Image.open(path) as image:
-                shown = square(image.convert("RGB"), resolution)
-            pixels.append(np.asarray(shown).transpose(2, 0, 1))
-            labels.append(c)
-    return np.stack(pixels), np.asarray(labels, np.int64)
+        out.append(found)
+    return out
+
+
+def judged_folders(test: Path, told: Description) -> list[str]:
+    """The folder of each class under `test`: of its own name, or of its folder's in the set. Where
+    classes share a name, that of the set's folder tells them apart."""
+    named = zip(told.classes, told.folders, strict=True)
+    return [
+        c if told.classes.count(c) == 1 and (test / c).is_dir() else folder for c, folder in named
+    ]
 
 
 def load(
@@ -241,9 +259,7 @@ def _maker(
 
 def judge(fitted: Fitted, test: Path, told: Description, peers: Ranks) -> dict[str, Any]:
     """`metrics` on the images under test/<class>/, and how many "images" these are."""
-    named = zip(told.classes, told.folders, strict=True)
-    names = [c if (test / c).is_dir() else folder for c, folder in named]
-    pixels, truth = read_images(test, names, told.resolution)
+    pixels, truth = read_images(test, judged_folders(test, told), told.resolution)
     held = MemoryImages(pixels, truth, peers.device)
     logits = frozen.predict(fitted.model, held, fitted.setup.normalize, peers)
     return {**metrics(logits, truth, ["many"] * len(told.classes)), "images": len(truth)}

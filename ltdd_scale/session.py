@@ -174,7 +174,10 @@ def note(session: Session) -> None:
 def publish(session: Session) -> None:
     """Write the report, unless it is there. Raises `UserError` where the run is not finished."""
     if not store.complete(session.nodes[recipe.VERDICT].folder(session.store)):
-        raise UserError(f"{session.out} is not evaluated yet: run 'ltdd-scale run' first")
+        raise UserError(
+            f"{session.out} is not evaluated yet: run 'ltdd-scale run' first. Results of an older "
+            "version do not count."
+        )
     from ltdd_scale.publish import report  # with torch behind it: only where it is written
 
     material = session.material()

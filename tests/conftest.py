@@ -20,7 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["slurm_tools"]
 
-# A whole run in a few seconds: every stage does real work on real digits.
+# A whole run in a few seconds: every stage does real work on real digits. Its report is plain.
+PLAIN_REPORT = "publish: {pictures: false, formats: []}\n"
 TINY = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 24, imbalance_factor: 6, test_per_class: 10, val_per_class: 5}
 ipc: 4
@@ -31,8 +32,8 @@ initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 12, chunk_classes: 4, iterations: 12}
 relabel: {labels: stored, topk: 4, epochs: 3, batch_size: 16}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: own, plain_epochs: 2}
-publish: {pictures: false, formats: []}
 """
+TINY += PLAIN_REPORT
 
 
 def clean_environment(env: dict | None = None) -> dict[str, str]:
@@ -141,10 +142,10 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> tuple[Path, Path]:
-    """(config, run folder) of one finished tiny run on one rank; its store lies beside the run
-    folder. Do not change it."""
+    """(config, run folder) of one finished tiny run on one rank, with a whole report; its store lies
+    beside the run folder. Do not change it."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(TINY.removesuffix(PLAIN_REPORT))
     done = cli("run", folder / "tiny.yaml", "--out", folder / "run", "--nproc", 1)
     assert done.returncode == 0, done.stderr
     return folder / "tiny.yaml", folder / "run"

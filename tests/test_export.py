@@ -1,6 +1,7 @@
 """What loads an exported set, trains on it, and writes it again."""
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import cli, said_plainly
 from set_tools import (
     ALONE,
@@ -30,11 +32,15 @@ from set_tools import (
 )
 
 from ltdd_scale import fit
+from ltdd_scale.errors import UserError
 from ltdd_scale.judging import training
 from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.launch.export import Options
+from ltdd_scale.launch.export import export as run_export
 from ltdd_scale.models import frozen
 from ltdd_scale.publish import ddranking, formats
 from ltdd_scale.publish import set as published
+from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.settings import NAMED_SETS
 from ltdd_scale.runtime import files
@@ -152,6 +158,36 @@ def test_a_set_of_many_shards_with_classes_called_train_and_test(house, tmp_path
     assert np.array_equal(found["parquet"]["pixels"], pixels_of(house))
     assert found["imagefolder"]["names"] == found["parquet"]["names"] == names
     assert np.array_equal(found["imagefolder"]["pixels"], pixels_of(house))
+
+
+def test_datasets_finds_classes_of_any_name(house, tmp_path):
+    """Names that sort otherwise as paths, and names that `datasets` passes over or takes for
+    patterns, in the folder that a run writes."""
+    names = sorted(
+        [".hid", "100%", "__bg__", "a::b", "cat", "cat-fish", "q?", "x#y", "[z]", "é\"'<b>`|"]
+    )
+    folder = export(house, tmp_path, "learned", formats=["parquet"])
+    told = files.read_json(folder / "set.json")
+    folders = published.folder_names(names)
+    for old, new in zip(told["folders"], folders, strict=True):
+        os.rename(folder / "images" / old, folder / "images" / new)
+    files.write_json(folder / "set.json", {**told, "classes": names, "folders": folders})
+    opened = Opened(folder)
+    out = tmp_path / "out"
+    published.rewrite(opened, out, ["imagefolder", "parquet"], opened.encoding, opened.publish)
+    wanted = [
+        ("parquet", "rows", "image", "class_id", "soft_label"),
+        ("imagefolder", "folder", "image", "label", ""),
+    ]
+    found = loaded(out, tmp_path, wanted)
+    for name, shown in (("parquet", names), ("imagefolder", folders)):
+        assert np.array_equal(found[name]["pixels"], pixels_of(house))
+        assert found[name]["names"] == shown
+    # The rows of the labels, as the card pairs them with images.
+    assert "sorted(glob(" in (out / "README.md").read_text()
+    paths = sorted(str(p.relative_to(out)) for p in (out / "images").glob("*/*"))
+    by_row = np.stack([decode((out / p).read_bytes()) for p in paths])
+    assert np.array_equal(by_row, pixels_of(house))
 
 
 def test_a_webdataset_sample_has_what_the_library_expects(online):
@@ -296,9 +332,103 @@ def test_export_of_each_format_alone(online, tmp_path, monkeypatch):
     said_plainly(cli("export", online, "--out", online), "the set itself")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    said_plainly(cli("export", online, "--out", tmp_path / "mine"), "not empty")
+    said_plainly(cli("export", online, "--out", tmp_path / "mine"), "not empty", "thesis.tex")
     said_plainly(cli("export", online, "--images", "jpeg", "--quality", 101), "publish.quality")
     assert not (online.parent / "distilled-set").exists()
+
+
+def refused(words: str, path: Path, **asked) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        run_export(Options(path, **asked))
+    assert "\n" not in str(error.value)
+
+
+def test_an_export_replaces_exports_alone(sets, tmp_path, monkeypatch):
+    """Nothing of anybody else's is lost."""
+    source, out = sets["hard"], tmp_path / "out"
+    parquet = {"format": "parquet", "out": out}
+    assert run_export(Options(source, **parquet)) == 0
+    assert run_export(Options(source, format="webdataset", out=out)) == 0  # in its place
+    assert (out / "webdataset").exists() and not (out / "parquet").exists()
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("mine")
+    refused(r"not empty, and \.git/HEAD there is not of an export", source, **parquet)
+    assert (out / ".git" / "HEAD").read_text() == "mine" and published.damage(out) == []
+    for content in ("{}", "[]", "{", '{"x": ""}', "3"):
+        foreign = tmp_path / "foreign"
+        foreign.mkdir(exist_ok=True)
+        (foreign / "files.json").write_text(content)
+        (foreign / "thesis.tex").write_text("mine")
+        refused("thesis.tex there", source, out=foreign)
+    assert (foreign / "thesis.tex").read_text() == "mine"
+    (tmp_path / "afile").write_text("")
+    refused("is a file", source, out=tmp_path / "afile")
+    refused("in the set itself", source, out=source / "inside")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert run_export(Options(source, out=Path())) == 0
+    assert published.damage(empty) == []
+
+
+def test_what_is_wrong_is_one_line_and_said_first(sets, tmp_path, monkeypatch):
+    source, bad = sets["hard"], tmp_path / "bad"
+    monkeypatch.setattr(published, "rewrite", lambda *_: pytest.fail("it wrote a set"))
+    bad.mkdir()
+    for content in ('{"classes": ["a"], "folders": ["a"]}', "[]"):
+        (bad / "set.json").write_text(content)
+        refused("does not say all of a distilled set", bad)
+    refused("--quality goes with", source, quality=50)
+    refused("--quality goes with", source, quality=50, images="webp")
+    refused("do not go with", source, quality=50, format="ddranking")
+    asked = {"images": "jpeg", "out": tmp_path / "no" / "such"}
+    refused("no such folder", source, measure=tmp_path / "typo", **asked)
+    refused("no images of class 0", source, measure=tmp_path, **asked)
+    refused("--seeds 0", source, measure=source / "images", seeds=0, **asked)
+
+
+def test_a_licence_goes_along(house, sets, tmp_path, capsys):
+    link = {"license": "Own terms", "license_link": "https://example.org/own_terms"}
+    own = export(house, tmp_path, "hard", **link)
+    for name, asked in {
+        "Own terms, https://example.org/own_terms.": {},
+        "mit.": {"license": " mit "},
+    }.items():
+        run_export(Options(own, format="ddranking", out=tmp_path / "dd", **asked))
+        readme = (tmp_path / "dd" / "README.md").read_text()
+        assert f"Licence of the source images: {name}" in readme
+        run_export(Options(own, out=tmp_path / "set", **asked))
+        header = yaml.safe_load((tmp_path / "set" / "README.md").read_text().split("---")[1])
+        assert (header["license"], header.get("license_link")) == (
+            ("mit", None) if asked else ("other", link["license_link"])
+        )
+    assert "not stated" not in capsys.readouterr().out
+    run_export(Options(sets["hard"], format="ddranking", out=tmp_path / "dd", license="  "))
+    assert "images: not stated." in (tmp_path / "dd" / "README.md").read_text()
+    assert "is not stated" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_while_tensors_are_written_is_said(sets, tmp_path, monkeypatch):
+    path = tmp_path / "set"
+    with pytest.raises(UserError, match="is the disk full"):
+        ddranking._save(torch.zeros(10**5), Path("/dev/full"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused("no space left", sets["hard"], format="ddranking", out=path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_of_one_name_are_judged_on_their_own_images(sets, tmp_path):
+    told = fit.describe(sets["hard"])
+    folders = [f"{k:05d}_x" for k in range(CLASSES)]
+    told = dataclasses.replace(told, classes=["x", "x", *told.classes[2:]], folders=folders)
+    for name in ("x", *folders, told.classes[2]):
+        (tmp_path / name).mkdir()
+    wanted = [*folders[:2], told.classes[2], *folders[3:]]
+    assert fit.judged_folders(tmp_path, told) == wanted
 
 
 def test_the_tensors_that_ddranking_reads(house, online, sets, tmp_path):

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from ltdd_scale.data.loader import prepare
 from ltdd_scale.data.settings import Data
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.judging import criteria, embedding, grouping, two_stage
+from ltdd_scale.judging import criteria, embedding, features, grouping, trees, two_stage
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.criteria import Described, Wanted
 from ltdd_scale.judging.features import Shown, chosen, class_centres, describe
@@ -25,7 +26,7 @@ from ltdd_scale.judging.settings import CRITERIA, Evaluate, TwoStage
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
-from ltdd_scale.stage import settings_of
+from ltdd_scale.stage import Facts, function, settings_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 ROLES = Roles("recover", "initialize")
@@ -337,3 +338,124 @@ def test_the_stage_embedding(house, tmp_path):
     alone = Config(evaluate=Evaluate(plain="none"), two_stage=TwoStage(network="distilled"))
     stage = {s.name: s for s in two_stage.stages(alone, ROLES)}["embedding"]
     assert stage.given == {"titles": ["distilled"]}
+
+
+# --- Before anything starts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"criterion": "linkage", "groups": 5}, "8 classes make 2 to 4 groups"),
+        ({"groups": 3, "smallest": 3}, "at most 2"),
+        ({"criterion": "given", "given": [list("abc"), list("defg")]}, "7 names for 8 classes"),
+        ({"criterion": "given", "given": [list("0123"), list("4566")]}, "6 in two places"),
+        ({"criterion": "given", "given": [list("01234567"), []]}, "none of them empty"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused_before_anything_starts(asked, words):
+    config = Config(protocol="two_stage", two_stage=TwoStage(**asked))
+    stage = {s.name: s for s in two_stage.stages(config, ROLES)}["grouping"]
+    with pytest.raises(UserError, match=words):
+        function(stage.cost)(settings_of(stage, config), Facts((9,) * 8, 10))
+
+
+def test_groups_that_may_be_are_not_refused():
+    for asked in (
+        {},
+        {"groups": 0, "criterion": "linkage"},
+        {"criterion": "given", "given": [["1", "2", "3"], ["4"]]},  # classes may be called so
+    ):
+        config = Config(protocol="two_stage", two_stage=TwoStage(**asked))
+        stage = {s.name: s for s in two_stage.stages(config, ROLES)}["grouping"]
+        assert function(stage.cost)(settings_of(stage, config), Facts((9,) * 4, 10)).memory > 0
+
+
+# --- Many classes ---------------------------------------------------------------------------------
+
+
+def cut_by_definition(linked, distances, k: int, smallest: int):
+    """The first cut of the tree that leaves k groups: branches are joined one by one, and all mean
+    distances computed anew. None for a chain."""
+    from scipy.cluster import hierarchy
+
+    for branches in range(k, min(len(distances), 10 * k)):
+        label = hierarchy.fcluster(linked, branches, "maxclust")
+        groups = [np.flatnonzero(label == v).tolist() for v in np.unique(label)]
+        while len(groups) > 1:
+            mean = np.asarray([[distances[np.ix_(a, b)].mean() for b in groups] for a in groups])
+            np.fill_diagonal(mean, np.inf)
+            sizes = [len(g) for g in groups]
+            if min(sizes) < smallest:
+                a = int(np.argmin(sizes))
+                b = int(mean[a].argmin())
+            elif len(groups) > k:
+                a, b = np.unravel_index(int(mean.argmin()), mean.shape)
+            else:
+                break
+            a, b = sorted((int(a), int(b)))
+            groups[a] = groups[a] + groups.pop(b)
+        if len(groups) == k:
+            return trees.in_order(groups)
+    return None
+
+
+def test_a_cutter_finds_what_the_definition_does():
+    """For all numbers of groups, one after the other, as the silhouette asks for them."""
+    found = 0
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        means = draw.normal(0, 1, (24, 4)) * draw.lognormal(0, 0.5, (24, 1))
+        distances = criteria.mean_distances(means)
+        cutter = trees.Cutter(criteria.tree(distances), distances, 1 + seed % 3)
+        for k in range(2, 8):
+            expected = cut_by_definition(cutter.linked, distances, k, cutter.smallest)
+            groups = cutter.cut(k)
+            assert len(groups) == k and min(map(len, groups)) >= cutter.smallest
+            assert expected is None or groups == expected
+            found += expected is not None
+    assert found >= 40
+
+
+def test_branches_are_joined_once_for_all_numbers_of_groups(monkeypatch):
+    """Most cuts of a chain fail; each is tried once, whatever number of groups asks for it."""
+    asked = []
+    real = trees._join_small
+    monkeypatch.setattr(trees, "_join_small", lambda *a: (asked.append(a[0].count), real(*a))[1])
+    means = np.random.default_rng(0).normal(0, 1, (60, 8))
+    means *= np.random.default_rng(1).lognormal(0, 0.5, (60, 1))
+    cuts = criteria.linkage(Described(means, [str(c) for c in range(60)]), Wanted(0, 4))
+    assert len(cuts) == 5
+    # Once more for the one cut that counts, for each of 14 numbers of groups.
+    assert len(asked) <= 60 + 14, len(asked)
+
+
+def test_a_network_sees_few_images_at_a_time(house, monkeypatch):
+    """However many of a class are looked at, and it says the same of them."""
+    network = frozen.load(house / "plain" / "weights.pt", ALONE)
+    whole = describe(network, shown(house, "train"), 16, 2, shown(house, "train"))
+    monkeypatch.setattr(features, "BATCH", 3)
+    sizes = []
+    real = Shown.batches
+
+    def batches(self, parts):
+        for x in real(self, parts):
+            sizes.append(len(x))
+            yield x
+
+    monkeypatch.setattr(Shown, "batches", batches)
+    pieces = describe(network, shown(house, "train"), 16, 2, shown(house, "train"))
+    assert max(sizes) == 3
+    assert np.allclose(whole.means, pieces.means, atol=1e-6)
+    assert np.allclose(whole.confusion, pieces.confusion, atol=1e-6)
+    assert np.allclose(np.stack(whole.centres), np.stack(pieces.centres), atol=1e-5)
+
+
+def test_the_criterion_in_the_manual_works():
+    text = (ROOT / "docs" / "two_stage.md").read_text()
+    place = dict(vars(criteria))
+    exec(text.split("```python")[1].split("```")[0], place)
+    d = described([[0, 2, 4], [1, 3, 5]])
+    (cut,) = place["by_spread"](d, Wanted(2))
+    assert sorted(c for g in cut.groups for c in g) == list(range(6))
+    assert [len(g) for g in cut.groups] == [3, 3]

@@ -277,6 +277,32 @@ def test_a_run_of_before_has_no_timeline_and_fewer_pictures(tmp_path):
     assert [p.name for p in found.all()] == ["message", "classes", "counts", "pairs", "losses"]
 
 
+def test_a_loss_that_is_not_finite_leaves_a_gap():
+    values = [3.0, float("nan"), 2.0, float("inf"), 1.0]
+    figure = work.losses({"students": {"a": values, "b": [float("nan")] * 2}})
+    low, high = figure.axes[0].get_ylim()
+    assert 0.9 < low < 1 and 3 < high < 3.1
+    canvas.svg(canvas.Picture("a", "t", "s", figure))
+    canvas.svg(canvas.Picture("a", "t", "s", work.losses({"x": {"b": [float("nan")] * 2}})))
+
+
+def test_signs_that_xml_does_not_know_are_left_out():
+    counted = {"one": np.eye(2, dtype=int)}
+    figure = classes.confusions(["a\x0bb", "c\x1b\ufffe"], counted, np.arange(2))
+    text = canvas.svg(canvas.Picture("a", "t", "said of a\x00", figure))
+    root = ElementTree.fromstring(text)
+    found = {"".join(t.itertext()).strip() for t in root.iter(f"{SVG}text")}
+    assert {"ab", "c"} <= found and root[1].text == "said of a"
+
+
+def test_lines_are_named_after_what_they_are(gallery):
+    assert "(plain, logit-adjusted; plain, whole set)" in gallery.message().caption
+    heads = [plain(f"teacher's plain head{t}", 50.0) for t in ("", ", logit-adjusted")]
+    results = result("single", plain=heads)
+    caption = Gallery(gallery.material, gallery.split, results).message().caption
+    assert "teacher's plain head, logit-adjusted" in caption and "plain network" not in caption
+
+
 def test_a_full_disk_leaves_the_pictures_that_were_there(tmp_path, monkeypatch):
     figure = work.losses({"a": {"b": [2.0, 1.0]}})
     picture = canvas.Picture("a", "t", "s", figure)
@@ -372,6 +398,27 @@ def test_a_sweep_over_seeds_draws_means(tmp_path):
     sweep_table.write(found, shell, tmp_path, lambda job: "")
     desc = ElementTree.parse(tmp_path / "pictures" / "ipc.svg").getroot()[1].text
     assert "rldd, hard: 1: 33.0, 10: 42.0" in desc
+
+
+def test_a_sweep_of_sets_as_they_are_has_no_imbalance_factor(tmp_path):
+    """`profile: full` has a setting of that name, and it says nothing. No curve, no word of it."""
+    made = []
+    for ipc in (1, 10):
+        swept(tmp_path, name=f"i{ipc}", top1=30.0 + ipc)
+        told = files.read_json(tmp_path / f"i{ipc}" / "results.json")
+        told["summary"]["students"] = told["summary"]["students"][:1]  # no random images
+        told["summary"]["plain"][0]["title"] = "teacher's plain head, logit-adjusted"
+        files.write_json(tmp_path / f"i{ipc}" / "results.json", told)
+        sets = (f"ipc={ipc}", "data.profile=full", "data.imbalance_factor=1")
+        made.append(point(tmp_path, f"i{ipc}", *sets, "relabel.labels=hard"))
+    found = sweep.Sweep("s", tmp_path / "c.yaml", {f"i{i}": {"ipc": i} for i in (1, 10)})
+    shell = campaign.Campaign("s", tmp_path / "jobs", tmp_path / "store", "local", points=made)
+    text = sweep_table.write(found, shell, tmp_path, lambda job: "")
+    desc = ElementTree.parse(tmp_path / "pictures" / "ipc.svg").getroot()[1].text
+    assert desc.startswith("rldd, hard: 1: 31.0, 10: 40.0; teacher's plain head, logit-adjusted: ")
+    caption = next(line for line in text.splitlines() if line.startswith("top-1 over"))
+    assert "imbalance" not in desc + caption and "random" not in caption
+    assert "dotted: the teacher's plain head on the whole set" in caption
 
 
 def test_asking_for_a_sweeps_table_draws_nothing_without_points():

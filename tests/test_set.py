@@ -27,9 +27,9 @@ from ltdd_scale.data import shards
 from ltdd_scale.errors import UserError
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.stage import stage as relabel_stage
-from ltdd_scale.models import frozen
+from ltdd_scale.models import frozen, safe
 from ltdd_scale.pipeline import graph
-from ltdd_scale.publish import formats, hub, lrs
+from ltdd_scale.publish import card, formats, hub, lrs
 from ltdd_scale.publish import set as published
 from ltdd_scale.publish.encode import Encoding, decode
 from ltdd_scale.publish.opened import Opened
@@ -158,7 +158,19 @@ def test_damaged_and_foreign_weights_are_refused(online, tmp_path):
     path.write_bytes(whole[:-9])
     with pytest.raises(UserError, match="is damaged"):
         frozen.load(path, ALONE)
-    save_file({"w": torch.zeros(2)}, path)
+    path.write_bytes(whole.replace(b"convnet3", b"convnet4"))  # the recipe is hashed too
+    with pytest.raises(UserError, match="its hash does not match"):
+        frozen.load(path, ALONE)
+    weights = {"w": torch.zeros(2)}
+    for made_of, words in (('{"net"', "its recipe"), ("{}", "")):  # the hash is as it was at first
+        told = {"recipe": made_of, "sha256": safe._digest(weights, "")}
+        save_file(weights, path, told)
+        if words:
+            with pytest.raises(UserError, match=words):
+                safe.load(path)
+        else:
+            assert safe.load(path)[0] == {}
+    save_file(weights, path)
     with pytest.raises(UserError, match="not from ltdd_scale"):
         frozen.load(path, ALONE)
 
@@ -281,6 +293,43 @@ def test_a_licence_is_asked_for_and_never_made_up(house, online, tmp_path):
     )
     assert "not stated" not in text and "Terms of the ImageNet, https" in text
     assert "ImageNet-LT" in text
+
+
+def test_names_in_a_card_are_words_and_no_markup(online, house, tmp_path):
+    assert card.words("a <b>\n `c` *d* _e_ [f](g) | \\") == (
+        r"a \<b\> \`c\` \*d\* \_e\_ \[f\](g) \| \\"
+    )
+    assert card.words("https://a.org/b_c*d see_it") == r"https://a.org/b_c*d see\_it"
+    folder = shutil.copytree(online, tmp_path / "set")
+    told = files.read_json(folder / "set.json")
+    told |= {"classes": [f"<{k}>\n# x" for k in range(10)], "name": "a\n# b"}
+    told["config"]["publish"] |= {"license": "  ", "source": "*all*\n---"}
+    files.write_json(folder / "set.json", told)
+    text = published.card(Opened(folder), None).split("---", 2)[2]
+    assert r"\<0\> # x, \<1\> # x" in text and "# a # b: a distilled" in text
+    assert "\n# x" not in text and r"\*all\* ---" in text
+    assert "**not stated**" in text  # a licence of spaces says nothing
+
+
+def test_a_card_tells_of_tables_that_are_there(online, tmp_path):
+    """Sets of format 2 with online labels have no `single.npy`."""
+    for formats_, words in (
+        (["webdataset"], "A sample has the key `CLASS_K`"),
+        (["parquet"], "Row i of the labels belongs to row i of the parquet files,"),
+        (["imagefolder", "parquet"], '`sorted(glob("images/*/*"))`, class after class, which is'),
+    ):
+        opened = Opened(online)
+        opened.told["formats"] = formats_
+        text = published.card(opened, None)
+        assert words in text and ("glob(" in text) == ("imagefolder" in formats_)
+        assert "`single.npy` has the teacher's logits of every whole image" in text
+    opened = Opened(shutil.copytree(online, tmp_path / "set"))
+    (opened.folder / "labels" / "single.npy").unlink()
+    published.rewrite(
+        opened, tmp_path / "new", ["imagefolder", "parquet"], opened.encoding, opened.publish
+    )
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "single.npy" not in text and "no table of soft labels" in text
 
 
 def test_the_card_of_a_thousand_classes_is_short(online, tmp_path):

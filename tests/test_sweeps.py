@@ -318,7 +318,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     again = cli(*command)
     assert again.returncode == 0 and "3 of 3 points" in again.stdout, again.stdout + again.stderr
     assert re.findall(r"== (\S+):", again.stdout) == [
-        f"broken/{stage}" for stage in ("students", "evaluate", "report")
+        f"broken/{stage}" for stage in ("students", "embedding", "evaluate", "report")
     ]
     assert all(digests(tmp_path / "store")[k] == v for k, v in before.items())
     third = cli(*command)

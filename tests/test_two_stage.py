@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, cli, folder_of, said_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from ltdd_scale.config import load
 from ltdd_scale.config.root import Config, check
@@ -22,7 +24,16 @@ from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.settings import Data
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.judging import cost, pairs, routing, single_stage, student, subsets, two_stage
+from ltdd_scale.judging import (
+    cost,
+    pairs,
+    routing,
+    single_stage,
+    student,
+    subsets,
+    training,
+    two_stage,
+)
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.metrics import metrics
 from ltdd_scale.judging.settings import Evaluate, Training, TwoStage
@@ -30,10 +41,12 @@ from ltdd_scale.judging.subsets import Part
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.cost import stored_bytes
-from ltdd_scale.labels.settings import Adjusted
+from ltdd_scale.labels.settings import Adjusted, Stored
 from ltdd_scale.labels.views import draw_epoch, mix, onehot, view_spec
-from ltdd_scale.models import frozen, registry
+from ltdd_scale.launch import perform
+from ltdd_scale.models import flops, frozen, registry
 from ltdd_scale.results import NUMBERS, Student
+from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
 from ltdd_scale.stage import Facts, settings_of
 
@@ -53,8 +66,8 @@ relabel: {labels: hard}
 evaluate: {width: 8, epochs: 30, seeds: 2, batch_size: 10, lr: 0.01, crop_scale: [0.9, 1.0], plain: own, plain_epochs: 12, embedding: false}
 two_stage:
   criterion: given
-  given: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-  first: [trained_whole, plain, plain_adjusted, distilled, teacher]
+  given: [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]]
+  first: [trained_whole, plain, plain_adjusted, distilled]
   second: [trained_distilled, distilled, random]
 """
 
@@ -164,13 +177,14 @@ def maker(kind: str, adjust=False) -> Maker:
     with torch.no_grad():
         teacher.fc_cb.bias += torch.tensor([2.0, 1, 0, -1, -2])  # it has seen a long tail
     recipe = frozen.recipe("convnet3", 4, "instance", 8, 5)
+    adjusted = Stored if kind == "stored" else Adjusted
     return Maker(
         images=images,
         teacher=frozen.Frozen(teacher, recipe, ALONE),
         normalize=lambda x: x,
         spec=view_spec(Training(), 8, False),
         views=Training(),
-        relabel=Adjusted(adjust=adjust) if kind != "hard" else None,
+        relabel=adjusted(adjust=adjust) if kind != "hard" else None,
         num_classes=5,
         train_counts=COUNTS,
         seed=0,
@@ -181,7 +195,7 @@ def maker(kind: str, adjust=False) -> Maker:
 
 
 @pytest.mark.parametrize("adjust", [False, True])
-@pytest.mark.parametrize("kind", ["hard", "single", "online", "learned"])
+@pytest.mark.parametrize("kind", ["hard", "single", "online", "stored", "learned"])
 def test_targets_of_parts_are_those_of_all_classes(kind, adjust):
     """In-group: the rows and columns of the group, CutMix partners among its images. Groups: sums,
     and logits whose softmax sums. Adjusted labels have the τ of the whole set."""
@@ -203,6 +217,8 @@ def test_targets_of_parts_are_those_of_all_classes(kind, adjust):
         assert torch.allclose(
             joint.softmax(1), torch.stack([p[:, g].sum(1) for g in GROUPS], 1), atol=1e-6
         )
+    if kind == "stored":
+        return  # they belong to views of the whole set: in-group students cannot have them
     part = Part(GROUPS, 5, 1)
     images, within = part.of(m.images, labels)
     members = part.members(m.images.labels)
@@ -281,11 +297,15 @@ def test_units():
     )
     assert set(found["evaluate"].inputs) >= {"grouping", *more}
     facts = Facts((100, 50, 10), 30)
-    flops = [
-        cost.student(settings_of(found[n], config), facts).flops
+    costs = [
+        cost.student(settings_of(found[n], config), facts)
         for n in ("student/random-single-convnet3-s0", part.name)
     ]
-    assert flops[0] == pytest.approx(3 * flops[1])
+    passes = [c.flops / flops.forward("convnet3", 128, "instance", 8) for c in costs]
+    # Five epochs of 6 images, 2 of them in a group; the teacher labels all before.
+    assert passes == pytest.approx([5 * 6 * 3, 5 * 2 * 3 + 6])
+    assert costs[0].memory == costs[1].memory, "a student of a group holds all images"
+    assert costs[0].activations == pytest.approx(3 * costs[1].activations)
 
 
 def test_a_student_of_all_classes_is_told_as_ever():
@@ -319,6 +339,18 @@ def test_experts_that_are_asked_for():
         (["two_stage.criterion=given"], "two lists of classes"),
         (["two_stage.criterion=best"], "none of maxcut, linkage"),
         (["two_stage.first=[]"], "name at least one"),
+        (["two_stage.first=[full]"], "first: the run has none of them: full (it needs evaluate"),
+        (["two_stage.second=[teacher]"], "teacher (it needs labels of a teacher"),
+        (["two_stage.first=[random]", "evaluate.random=false"], "evaluate.random=true"),
+        (
+            [
+                "two_stage.network=distilled",
+                "evaluate.plain=none",
+                "two_stage.second=[plain,plain_adjusted]",
+            ],
+            "plain_adjusted (it needs evaluate.plain=own)",
+        ),
+        (["data.zca=true", "two_stage.network=teacher"], "two_stage.network (now teacher)"),
         (["two_stage.second=[nobody]"], "'nobody' is none of"),
         (["two_stage.criterion=random", "two_stage.groups=0", "two_stage.second=[random]"], "to 2"),
     ],
@@ -336,6 +368,20 @@ def test_settings_without_effect(tmp_path):
     assert check(config) == ["two_stage.given has no effect with criterion=linkage"]
     config = load.load(tmp_path / "c.yaml", ["protocol=single_stage"])
     assert check(config) == ["two_stage has no effect with protocol=single_stage"]
+    for sets, words in (
+        (["evaluate.plain=expert"], "evaluate.plain=expert has no effect with protocol=two_stage"),
+        (["two_stage.first=[plain,teacher]"], "first: the run does not have teacher (it needs"),
+        (["two_stage.second=[plain,full_adjusted]"], "not have full_adjusted (it needs"),
+        (["two_stage.centres=9"], "two_stage.centres has no effect with criterion=given"),
+        (["two_stage.smallest=3"], "two_stage.smallest has no effect with criterion=given"),
+    ):
+        (warning,) = check(load.load(tmp_path / "c.yaml", sets))
+        assert words in warning
+    more = ["evaluate.matrix=true", "evaluate.random=false", "evaluate.matrix_labels=[hard]"]
+    assert check(load.load(tmp_path / "c.yaml", more)) == [], "random images are in the matrix"
+    defaults = RUN.split("  criterion")[0].replace("two_stage:", "")
+    (tmp_path / "d.yaml").write_text(defaults)
+    assert check(load.load(tmp_path / "d.yaml")) == [], "the default lists are for every run"
     loaded = load.load(tmp_path / "c.yaml")
     assert check(loaded) == [] and load.from_text(load.to_yaml(loaded)) == loaded
 
@@ -364,7 +410,7 @@ def saved(run, name: str) -> torch.Tensor:
 def test_a_run_judges_all_pairs(run):
     _, out = run
     results = json.loads((out / "results.json").read_text())
-    two, groups = results["two_stage"], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    two, groups = results["two_stage"], [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]]
     assert (two["network"], two["criterion"]) == ("plain, whole set", "given")
     assert two["groups"] == groups
     keys = [(r["first"], r["second"], r["routing"]) for r in two["rows"]]
@@ -384,8 +430,8 @@ def test_a_run_judges_all_pairs(run):
         accuracies = []
         for s in (0, 1):
             first = saved(out, f"plain-hard-convnet3-s{s}-groups").log_softmax(1)
-            assert first.shape == (80, 2)
-            parts = [saved(out, f"distilled-hard-convnet3-s{s}-g{g}") for g in (0, 1)]
+            assert first.shape == (80, 3)
+            parts = [saved(out, f"distilled-hard-convnet3-s{s}-g{g}") for g in range(3)]
             scores = routing.routed(first, routing.joined(parts, groups), groups, seed_rows)
             accuracies.append(metrics(scores, labels, shard["groups"])["top1"])
         row = two["rows"][keys.index((firsts[0], seconds[0], seed_rows))]
@@ -423,22 +469,20 @@ def test_rows_of_parts_are_of_their_own_images(run):
     )["row"]
     logits = saved(out, "distilled-hard-convnet3-s1-g1")
     assert logits.shape == (80, 5) and row["part"] == "g1" and len(row["per_class"]) == 5
-    members = judged(out) >= 5
-    right = logits.argmax(1).numpy()[members] == judged(out)[members] - 5
+    members = np.isin(judged(out), range(3, 8))
+    right = logits.argmax(1).numpy()[members] == judged(out)[members] - 3
     assert row["top1"] == pytest.approx(100 * right.mean(), abs=1e-3) and row["few"] is None
     row = json.loads(
         (folder_of(out, "student/plain-hard-convnet3-s0-groups") / "result.json").read_text()
     )["row"]
-    assert len(row["per_class"]) == 2 and "adjusted" not in row
+    assert len(row["per_class"]) == 3 and "adjusted" not in row
 
 
 def test_a_student_of_a_group_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     """Stopped at any step, its files have the same bytes."""
-    from ltdd_scale.judging import training
     from ltdd_scale.pipeline import graph
     from ltdd_scale.recipe import stages
     from ltdd_scale.runtime import signals
-    from ltdd_scale.runtime.context import Context
 
     path, out = run
     name = "student/distilled-hard-convnet3-s0-g1"
@@ -481,14 +525,22 @@ def test_other_pairs_need_no_training(run):
     assert re.search(r"\b2 of \d+ jobs are left", more.stdout), "evaluate and report"
 
 
-def test_groups_that_the_classes_do_not_make(run, tmp_path):
-    config, out = run
-    wanted = ["two_stage.criterion=linkage", "two_stage.given=[]", "two_stage.groups=6"]
-    done = cli(
-        "grouping", config, "--out", tmp_path / "r", "--store", out.parent / "store",
-        "--nproc", 1, "--set", *wanted,
-    )  # fmt: skip
-    said_plainly(done, "two_stage.groups=6: 10 classes make 2 to 5 groups")
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (
+            ["two_stage.criterion=linkage", "two_stage.given=[]", "two_stage.groups=6"],
+            "two_stage.groups=6: 10 classes make 2 to 5 groups",
+        ),
+        (["two_stage.given=[[0,1,2],[3,4]]"], "two_stage.given: 5 names for 10 classes"),
+    ],
+)
+def test_groups_that_the_classes_do_not_make(run, tmp_path, sets, words):
+    """They are refused before anything is trained."""
+    config, _ = run
+    done = cli("run", config, "--out", tmp_path / "r", "--nproc", 1, "--set", *sets)
+    said_plainly(done, words)
+    assert not list((tmp_path / "store").glob("*/*/stage.json")), "no stage has run"
     assert pairs.first_title("trained_random") == "group classifier, random real"
 
 
@@ -529,3 +581,131 @@ def test_the_tool_compares_groups_of_networks(run):
         and none.stderr.startswith("error: ")
         and "Traceback" not in none.stderr
     )
+
+
+# --- Units of training ----------------------------------------------------------------------------
+
+
+def test_an_image_alone_joins_the_step_before_it():
+    """BatchNorm learns nothing from one image. Students of all classes keep their steps."""
+
+    def steps(n: int, joins: bool) -> list[np.ndarray]:
+        images = MemoryImages(np.zeros((n, 3, 8, 8), np.uint8), np.arange(n) % 2, CPU)
+        m = dataclasses.replace(maker("hard"), images=images, num_classes=2)
+        setup = training.Setup(
+            images=images,
+            labels=KINDS["hard"].code().fresh(m),
+            normalize=lambda x: x,
+            spec=m.spec,
+            training=Training(batch_size=4),
+            epochs=1,
+            key="k",
+            title="t",
+            joins=joins,
+        )
+        found = [i for _, i, _ in training._Work(setup, nn.Linear(1, 1), ALONE).rest_of_epoch()]
+        assert sorted(np.concatenate(found)) == list(range(n)) and len(found) == setup.steps
+        return found
+
+    def sizes(n: int, joins: bool) -> list[int]:
+        return [len(i) for i in steps(n, joins)]
+
+    assert sizes(9, True) == [4, 5] and sizes(9, False) == [4, 4, 1]
+    assert sizes(8, True) == [4, 4] and sizes(1, True) == [1] and sizes(10, True) == [4, 4, 2]
+    assert np.concatenate(steps(9, True)).tolist() == np.concatenate(steps(9, False)).tolist()
+
+
+def test_only_parts_with_batchnorm_have_other_steps(run, tmp_path, monkeypatch):
+    """15 images of a group in steps of 7: with a network that has BatchNorm at 1×1."""
+    from ltdd_scale.pipeline import graph
+    from ltdd_scale.recipe import stages
+
+    path, out = run
+    seen = {}
+
+    def train(setup, network, context):
+        seen[setup.title] = setup.steps
+        return real(dataclasses.replace(setup, epochs=1), network, context)
+
+    real = student.train
+    monkeypatch.setattr(student, "train", train)
+    source = json.loads((out / "run.json").read_text())["source"]
+    for net, steps in (("resnet18_cifar", 2), ("convnet3", 3)):
+        config = load.load(path, [f"evaluate.nets=[{net}]", "evaluate.batch_size=7"])
+        name = f"student/distilled-hard-{net}-s0-g1"
+        node = graph.build(stages(config, source), config)[name]
+        above = {
+            role: folder_of(out, n.replace(net, "convnet3"))
+            for role, n in node.stage.inputs.items()
+        }
+        folder = tmp_path / net
+        folder.mkdir()
+        student.run(node.settings, Context(ALONE, folder, above, net, quiet=True, workers=0))
+        assert seen == {f"distilled hard {net} seed 0 g1": steps}
+        seen.clear()
+
+
+def test_logits_beyond_half_precision_stay_in_order(run, tmp_path, monkeypatch):
+    """Infinite ones would give probabilities that are no numbers."""
+    from ltdd_scale.pipeline import graph
+    from ltdd_scale.recipe import stages
+
+    path, out = run
+    config = load.load(path)
+    source = json.loads((out / "run.json").read_text())["source"]
+    node = graph.build(stages(config, source), config)["student/distilled-hard-convnet3-s0"]
+    above = {role: folder_of(out, n) for role, n in node.stage.inputs.items()}
+    real = frozen.predict
+    monkeypatch.setattr(student, "train", lambda setup, network, context: (network.eval(), [0.0]))
+    monkeypatch.setattr(frozen, "predict", lambda *arguments: real(*arguments) * 1e7)
+    student.run(node.settings, Context(ALONE, tmp_path, above, "w", quiet=True, workers=0))
+    kept = torch.from_numpy(np.load(tmp_path / "logits.npy")).float()
+    assert kept.abs().max() == 65504 and torch.isfinite(kept).all()
+    groups = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert torch.isfinite(routing.summed(kept, groups)).all()
+
+
+# --- Adjusted networks ----------------------------------------------------------------------------
+
+
+class Nobody:
+    """Students of two seeds that have saved no logits but those of the whole set."""
+
+    rows = ({"set": "distilled", "seed": 0}, {"set": "distilled", "seed": 1})
+    net = "n"
+
+    def logits(self, which: str, seed: int, part: str = "") -> torch.Tensor | None:
+        return logits_of(seed, 8, 4) if which in ("full", "distilled") and not part else None
+
+
+def test_every_network_can_be_adjusted():
+    counts = np.asarray([100, 10, 10, 1])
+    teacher = logits_of(7, 8, 4)
+    table = pairs.Table(
+        Nobody(), {"teacher": teacher}, np.arange(8) % 4, counts, ["few"] * 4, [[0, 1], [2, 3]]
+    )
+    prior = torch.from_numpy(np.log(counts / counts.sum())).float()
+    for name, base in (("teacher", teacher), ("full", logits_of(1, 8, 4))):
+        found = table.logits(f"{name}_adjusted", 1)
+        assert torch.allclose((base - prior).softmax(1), found.softmax(1), atol=1e-6)
+    assert table.logits("plain_adjusted", 0) is None
+    names = ["teacher_adjusted", "full_adjusted", "distilled"]
+    found = {(r["first"], r["second"], r["routing"]): r for r in pairs.rows(table, names, names)}
+    key = ("summed, teacher, logit-adjusted", "restricted, whole set, same labels, logit-adjusted")
+    assert found[*key, "soft"]["num_seeds"] == 2
+    own = ("summed, teacher, logit-adjusted", "restricted, teacher, logit-adjusted", "hard")
+    assert found[own]["num_seeds"] == 1, "the same with every seed, so judged once"
+    assert found[None, "teacher, logit-adjusted", None]["num_seeds"] == 1
+    assert found[None, "whole set, same labels, logit-adjusted", None]["num_seeds"] == 2
+
+
+def test_the_plain_network_is_trained_whatever_it_costs(tmp_path):
+    text = RUN.replace("labels: hard", "labels: online").replace(
+        "plain_epochs: 12", "plain_epochs: 90000"
+    )
+    (tmp_path / "c.yaml").write_text(text.replace("plain: own", "plain: auto"))
+    found = [
+        perform.plain_network(load.load(tmp_path / "c.yaml", [f"protocol={name}"]), "x")
+        for name in ("single_stage", "two_stage")
+    ]
+    assert found == ["expert", "own"]

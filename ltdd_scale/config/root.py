@@ -73,7 +73,8 @@ def check(config: Any) -> list[str]:
     if not config.evaluate.nets:
         raise UserError("evaluate.nets: name at least one network, such as [convnet3]")
     warnings += METHODS[config.method].check(config)
-    warnings += PROTOCOLS[config.protocol].check(config)
+    protocol, experts = PROTOCOLS[config.protocol], METHODS[config.method].experts(config)
+    warnings += protocol.check(config, experts)
     _check_protocols(config, warnings)
     warnings += without_effect(config)
     if config.train.engine == "deepspeed" and config.train.compile:
@@ -168,10 +169,13 @@ def _check_whitening(config: Any, warnings: list[str]) -> None:
     labels = KINDS[config.relabel.labels].teacher
     if labels or PROTOCOLS[config.protocol].teacher(config):
         others = [name for name, kind in KINDS.items() if not kind.teacher]
+        more = ["evaluate.matrix", "evaluate.plain"]
+        if config.protocol == "two_stage":
+            more.append(f"two_stage.network (now {config.two_stage.network})")
         raise UserError(
-            "data.zca: a teacher sees normalised images only, so labels must not need one: set "
+            "data.zca: a teacher sees normalised images only, so nothing must need one: set "
             f"relabel.labels (now {config.relabel.labels}) to {' or '.join(others)}, and "
-            "evaluate.matrix and evaluate.plain accordingly; or set data.zca=false"
+            f"{', '.join(more[:-1])} and {more[-1]} accordingly; or set data.zca=false"
         )
 
 

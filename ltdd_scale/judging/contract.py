@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class Protocol:
 
     `teacher(config)`, `observer(config)`: whether one of them reads this expert. `sections` are its
     own sections of the config, beside `evaluate`. `check(config)` raises `UserError` for settings
-    that cannot work together, and returns warnings about settings without effect.
+    that cannot work together, and returns warnings about settings without effect; it is told which
+    experts the method reads, too. `plain`: whether it trains the plain network whatever that costs.
     """
 
     name: str
@@ -39,4 +40,5 @@ class Protocol:
     teacher: Callable[[Any], bool]
     observer: Callable[[Any], bool] = lambda config: False
     sections: Mapping[str, type[Settings]] = field(default_factory=dict)
-    check: Callable[[Any], list[str]] = lambda config: []
+    check: Callable[[Any, Collection[str]], list[str]] = lambda config, experts: []
+    plain: bool = False

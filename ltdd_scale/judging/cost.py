@@ -1,39 +1,70 @@
-"""What students and the verdict over them cost."""
+"""What students, groups of classes and the verdict cost."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ltdd_scale.data import whitening
+from ltdd_scale.judging import criteria
+from ltdd_scale.judging.criteria import Wanted
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.models import flops
 from ltdd_scale.results import GROUPS_PART, WHOLE_SETS
 from ltdd_scale.stage import Cost, Facts
 
 FLOAT = 4  # bytes
+DOUBLE = 8
+TABLES = 8  # float64 [C, C], of the distances of classes
 COPIES = 5  # of the weights: the student, its average, the gradient, two moments of Adam
 
 
 def student(settings: Any, facts: Facts) -> Cost:
     """Epochs × images × (forward and backward pass, and the teacher's forward pass where it labels
-    every view). The teacher's net is not among the settings: the student's stands for it."""
+    every view). The teacher's net is not among the settings: the student's stands for it.
+
+    A student of one group sees the images of the group. It holds those of all classes, as the
+    labels of all of them are made: that needs a pass of the teacher where nobody has made them.
+    """
     who, seen = settings.student, settings.images
     whole = who["set"] in WHOLE_SETS
     images = facts.num_images if whole else facts.num_classes * settings.ipc
+    held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
+    labelled = _labelled(settings) * images
     if who.get("part", GROUPS_PART) != GROUPS_PART:  # those of one group; which is not known yet
         images = -(-images // settings.groups)
     net = (who["net"], settings.width, settings.norm, seen.resolution)
     passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
-    held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
     return Cost(
-        flops=settings.epochs * images * passes * flops.forward(*net)
+        flops=(settings.epochs * images * passes + labelled) * flops.forward(*net)
         + whitening.flops(settings, settings.epochs * images),
         memory=held + COPIES * weights + whitening.held(settings),
         activations=batch * flops.activations(*net),
         disk=(COPIES - 1) * weights,  # of a checkpoint, until the student is done
     )
+
+
+def _labelled(settings: Any) -> int:
+    """Passes of the teacher over all images before a student of a part of the classes starts.
+
+    Labels of the distilled set are there: `relabel` has made them.
+    """
+    who, kind = settings.student, KINDS[settings.student["labels"]]
+    if "part" not in who or not kind.teacher or who["set"] == "distilled":
+        return 0
+    return settings.epochs if kind.views else 1
+
+
+def grouping(settings: Any, facts: Facts) -> Cost:
+    """Tables of the classes; the pass over some images is little. Asked before anything starts, so
+    it is here that groups which the classes cannot make are refused."""
+    asked = settings.grouping
+    if asked.criterion == "given":
+        criteria.check_given(asked.given, facts.num_classes)
+    else:
+        criteria.check(Wanted(asked.groups, asked.smallest), facts.num_classes)
+    return Cost(memory=TABLES * DOUBLE * float(facts.num_classes) ** 2)
 
 
 def verdict(settings: Any, facts: Facts) -> Cost:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.judging.trees import Groups, cut_tree, in_order, tree
+from ltdd_scale.judging.trees import Cutter, Groups, in_order, tree
+from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.ranks import rng
 
 MOST = 50  # groups that are tried where their number is chosen by the silhouette
 EXHAUSTIVE = 16  # classes up to which every cut in two is looked at
 KEPT = 5  # cuts that are told
+ONCE = ": name every class once"
 STARTS = 10  # of the search where there are too many cuts, beside the spectral one
 
 
@@ -79,6 +81,19 @@ def check(wanted: Wanted, num_classes: int) -> None:
         )
 
 
+def check_given(given: Sequence[Sequence[str]], num_classes: int) -> None:
+    """Raise `UserError` for lists that cannot hold each of so many classes once, whatever the
+    classes are called: a number beyond them may be a name."""
+    listed = [text for group in given for text in group]
+    twice = sorted({text for text in listed if listed.count(text) > 1})
+    if twice:
+        raise UserError(f"two_stage.given: {', '.join(twice[:5])} in two places{ONCE}")
+    if len(given) < 2 or not all(given):
+        raise UserError("two_stage.given: expected two groups or more, none of them empty")
+    if len(listed) != num_classes:
+        raise UserError(f"two_stage.given: {len(listed)} names for {num_classes} classes{ONCE}")
+
+
 # --- The criteria ---------------------------------------------------------------------------------
 
 
@@ -123,7 +138,7 @@ def given(described: Described, wanted: Wanted) -> list[Cut]:
     for wrong, what in ((twice, "in two places"), (left, "in no group")):
         if wrong:
             shown = ", ".join(described.names[c] for c in wrong[:5])
-            raise UserError(f"two_stage.given: {shown} {what}: name every class once")
+            raise UserError(f"two_stage.given: {shown} {what}{ONCE}")
     if len(groups) < 2 or not all(groups):
         raise UserError("two_stage.given: expected two groups or more, none of them empty")
     return [Cut([sorted(group) for group in groups], None)]
@@ -207,6 +222,7 @@ def _by_silhouette(
     most = min(len(distances) // max(2, wanted.smallest), MOST)
     found = []
     for k in range(2, most + 1):
+        signals.check()
         for cut in cuts(k)[:1]:
             found.append(Cut(cut.groups, silhouette(distances, cut.groups)))
     if not found:
@@ -219,10 +235,10 @@ def _by_silhouette(
 
 def _linked(distances: np.ndarray, wanted: Wanted) -> list[Cut]:
     check(wanted, len(distances))
-    linked = tree(distances)
+    cutter = Cutter(tree(distances), distances, wanted.smallest)
 
     def best(k: int) -> list[Cut]:
-        groups = cut_tree(linked, distances, k, wanted.smallest)
+        groups = cutter.cut(k)
         return [Cut(groups, silhouette(distances, groups))]
 
     return best(wanted.groups) if wanted.groups else _by_silhouette(distances, wanted, best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from ltdd_scale.judging.criteria import Described, quietly
 from ltdd_scale.models.frozen import Frozen
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.ranks import rng
+
+BATCH = 250  # images that a network sees at a time, at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Shown:
         for x in streamed.stream(plans, ViewSpec(self.seen.resolution)):
             signals.check()
             yield self.normalize(x)
+
+    def each(
+        self, parts: list[np.ndarray], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """function(images), [n, …], of each of `parts`, of which none is empty. `function` sees at
+        most `BATCH` images at a time, and looks at each alone."""
+        cut = [np.split(part, range(BATCH, len(part), BATCH)) for part in parts]
+        batches = self.batches([piece for pieces in cut for piece in pieces])
+        for pieces in cut:
+            yield torch.cat([function(x) for x in itertools.islice(batches, len(pieces))])
 
 
 def chosen(labels: np.ndarray, num_classes: int, per_class: int) -> list[np.ndarray]:
@@ -67,8 +80,8 @@ def describe(
     names, means, centres = shown.split.classes, [], []
     parts = chosen(shown.split.labels, len(names), per_class)
     _refuse_empty(parts, names)
-    for x in shown.batches(parts):
-        features = network.features(x).cpu().numpy().astype(np.float64)
+    for found in shown.each(parts, network.features):
+        features = found.cpu().numpy().astype(np.float64)
         means.append(features.mean(0))
         if num_centres:
             centres.append(class_centres(features, num_centres))
@@ -94,7 +107,8 @@ def soft_confusion(network: Frozen, shown: Shown, per_class: int) -> np.ndarray:
     names = shown.split.classes
     parts = chosen(shown.split.labels, len(names), per_class)
     _refuse_empty(parts, names)
-    rows = [network.logits(x).double().softmax(1).mean(0).cpu() for x in shown.batches(parts)]
+    found = shown.each(parts, network.logits)
+    rows = [logits.double().softmax(1).mean(0).cpu() for logits in found]
     return torch.stack(rows).numpy()
 
 

@@ -14,16 +14,19 @@ from ltdd_scale.judging import routing
 from ltdd_scale.judging.criteria import Groups
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of
 from ltdd_scale.judging.saved import Saved
+from ltdd_scale.judging.settings import ADJUSTED
 from ltdd_scale.results import GROUPS_PART, TRAINED
 
-# Networks of all classes, as tables call them; "plain_adjusted" is "plain" without its prior.
+# Networks of all classes, as tables call them; with `ADJUSTED` after logit adjustment.
 NETWORKS = {
     "distilled": "distilled",
     "random": "random real",
     "full": "whole set, same labels",
+    "full_adjusted": "whole set, same labels, logit-adjusted",
     "plain": "plain, whole set",
     "plain_adjusted": "plain, logit-adjusted",
     "teacher": "teacher",
+    "teacher_adjusted": "teacher, logit-adjusted",
 }
 SETS = {"plain": "whole set", "distilled": "distilled", "random": "random real"}  # of `TRAINED`
 PAPER = ("trained_whole", "trained_distilled")  # the pair of the paper: `TRAINED` of both stages
@@ -31,12 +34,12 @@ PAPER = ("trained_whole", "trained_distilled")  # the pair of the paper: `TRAINE
 
 @dataclass(frozen=True)
 class Table:
-    """What all pairs are made of.
+    """The logits of a run, and what is needed to judge all pairs of them.
 
-    `saved` are the students of the run. `networks` has logits float [N, C] that do not depend on a
-    student's seed, such as the teacher's. `labels` int64 [N] are of the judged images, `counts` the
-    training images of each class, `shots` the class's group by their number (`metrics`). `groups`
-    are the groups of classes.
+    `saved`: the students of the run. `networks`: logits float [N, C] that do not depend on a
+    student's seed, such as the teacher's. `labels`: int64 [N], of the judged images. `counts`: the
+    training images of each class. `shots`: many, medium or few for each class (see `metrics`).
+    `groups`: the groups of classes.
     """
 
     saved: Saved
@@ -47,21 +50,24 @@ class Table:
     groups: Groups
 
     def seeds(self) -> list[int]:
+        """The seeds of the students of the distilled set."""
         found = [row["seed"] for row in self.saved.rows if row["set"] == "distilled"]
         return list(dict.fromkeys(found))
 
     def logits(self, name: str, seed: int) -> Tensor | None:
-        """Logits [N, C] of a network of all classes; None where the run has it not."""
-        if name in self.networks:
-            return self.networks[name]
-        which = "plain" if name == "plain_adjusted" else name
-        found = self.saved.logits(which, seed)
+        """Logits [N, C] of a network of all classes; None where the run does not have it."""
+        which = name.removesuffix(ADJUSTED)
+        found = self.networks[which] if self.seedless(name) else self.saved.logits(which, seed)
         if found is None or which == name:
             return found
         return logit_adjusted(found, self.counts)
 
+    def seedless(self, name: str) -> bool:
+        """Whether the network is the same with every seed."""
+        return name.removesuffix(ADJUSTED) in self.networks
+
     def first(self, name: str, seed: int) -> Tensor | None:
-        """log p(g|x) [N, k]."""
+        """log p(g|x) [N, k] by the candidate `name`; None where the run does not have it."""
         if name in TRAINED:
             found = self.saved.logits(TRAINED[name], seed, GROUPS_PART)
             return None if found is None else found.log_softmax(1)
@@ -69,7 +75,7 @@ class Table:
         return None if found is None else routing.summed(found, self.groups)
 
     def second(self, name: str, seed: int) -> Tensor | None:
-        """log p(c|g, x) [N, C]."""
+        """log p(c|g, x) [N, C] by the candidate `name`; None where the run does not have it."""
         if name not in TRAINED:
             found = self.logits(name, seed)
             return None if found is None else routing.restricted(found, self.groups)
@@ -78,23 +84,25 @@ class Table:
         return routing.joined(there, self.groups) if len(there) == len(parts) else None
 
     def judge(self, scores: Tensor) -> dict[str, Any]:
+        """Numbers and "group_acc" of class scores [N, C]."""
         return routing.judge(scores, self.labels, self.shots, self.groups)
 
 
 def rows(table: Table, first: Sequence[str], second: Sequence[str]) -> list[dict[str, Any]]:
-    """One stage, then all pairs with both routings: means over seeds (`results.json`).
+    """Rows of ``results.json``: each network in one stage, then all pairs with both routings. The
+    numbers are means over seeds.
 
-    What the run has not is left out, and soft routing of a network with itself, which is that
-    network in one stage.
+    Left out are networks that the run does not have, and soft routing of a network with itself: it
+    gives that network in one stage.
     """
     found: dict[tuple, list[dict[str, Any]]] = {}
     for number, seed in enumerate(table.seeds()):
-        # What no student's seed changes is judged once.
-        once = set(table.networks) if number else set()
+        # A network that is the same with every seed is judged with the first one only.
+        once = {name for name in NETWORKS if number and table.seedless(name)}
         _one_stage(table, seed, once, found)
         _two_stages(table, seed, (first, second), once, found)
     net = table.saved.net
-    # Some members may have run with fewer seeds: in the order of the first seed.
+    # In the order of the first seed: other seeds may lack some rows.
     return [
         {
             "first": key[0],
@@ -153,8 +161,7 @@ def second_title(name: str) -> str:
 
 
 def paper_scores(table: Table, seed: int) -> Tensor | None:
-    """Scores [N, C] of the pair that the paper uses, hard routing; None where it was not
-    trained."""
+    """Scores [N, C] of the paper's pair with hard routing; None where it was not trained."""
     first, second = table.first(PAPER[0], seed), table.second(PAPER[1], seed)
     if first is None or second is None:
         return None
@@ -162,8 +169,8 @@ def paper_scores(table: Table, seed: int) -> Tensor | None:
 
 
 def confusion(scores: Tensor, labels: np.ndarray) -> np.ndarray:
-    """Images of each class (rows) that are taken for each class, int32 [C, C], of `scores`
-    [N, C]."""
+    """Confusion matrix of `scores` [N, C], int32 [C, C]: row = true class of an image, column =
+    class of its largest score."""
     num_classes = scores.shape[1]
     pairs = torch.from_numpy(labels) * num_classes + scores.argmax(1)
     counted = torch.bincount(pairs, minlength=num_classes**2)

@@ -60,7 +60,7 @@ class Evaluate(Training):
         "auto",
         "the plain network on the whole set, with and without logit adjustment; own: trained "
         "here, once; expert: the teacher's plain head stands in; auto: own, where it costs at most "
-        "a tenth of the run",
+        "a tenth of the run; protocol=two_stage trains it for each seed, with auto and expert too",
     )
     plain_epochs: Whole = option(60, "epochs of the plain network", low=1)
     matrix: Switch = option(
@@ -141,10 +141,13 @@ Candidate = Literal[
     "plain",
     "plain_adjusted",
     "teacher",
+    "teacher_adjusted",
     "distilled",
     "random",
     "full",
+    "full_adjusted",
 ]
+ADJUSTED = "_adjusted"  # a network after logit adjustment, which costs nothing
 
 
 class TwoStage(Grouping):
@@ -154,7 +157,8 @@ class TwoStage(Grouping):
         ["trained_whole", "trained_distilled", "plain", "plain_adjusted", "teacher", "distilled"],
         "what tells the group: trained_…: a group classifier trained on the whole set, the "
         "distilled one, random real images; else the summed probabilities of a network of the "
-        "run, which cost nothing (networks that the run has not are left out)",
+        "run, which cost nothing; _adjusted: after logit adjustment (networks that the run does "
+        "not have are left out)",
     )
     second: list[Candidate] = option(
         ["trained_distilled", "distilled", "random", "plain_adjusted"],

@@ -19,24 +19,24 @@ from ltdd_scale.results import WHOLE_SETS, Student
 from ltdd_scale.stage import Division, Section, Stage, places
 
 
-def _cells(config: Any, roles: Roles) -> list[tuple[str, str]]:
+def cells(config: Any, roles: Roles) -> list[tuple[str, str]]:
     """(set, labels) of all students, the configured ones first.
 
     Real images have no learned labels: beside a set with such, they are trained on with classes.
     """
     settings, kind = config.evaluate, config.relabel.labels
-    cells = [("distilled", kind)]
+    found = [("distilled", kind)]
     if settings.random:
-        cells.append(("random", baseline(kind)))
+        found.append(("random", baseline(kind)))
     if settings.full_epochs:
-        cells.append(("full", "online" if KINDS[kind].teacher else HARD))
+        found.append(("full", "online" if KINDS[kind].teacher else HARD))
     if settings.matrix:
         sets = [s for s in ("random", "initial", "distilled") if s != "initial" or roles.initial]
         brought = [y for y in KINDS if KINDS[y].of_set]
         kinds = dict.fromkeys((*settings.matrix_labels, *brought))
         every = [(s, y) for s in sets for y in kinds if _has(s, y, roles)]
-        cells += [cell for cell in every if cell not in cells]
-    return cells
+        found += [cell for cell in every if cell not in found]
+    return found
 
 
 def _has(which: str, labels: str, roles: Roles) -> bool:
@@ -57,7 +57,7 @@ def ordinary(config: Any, roles: Roles) -> list[tuple[Student, int]]:
     """The students without the plain network."""
     settings, out = config.evaluate, []
     for net in settings.nets:
-        for which, labels in _cells(config, roles):
+        for which, labels in cells(config, roles):
             epochs = settings.full_epochs if which == "full" else settings.epochs
             seeds = range(config.seed, config.seed + settings.seeds)
             out += [(Student(which, labels, net, seed), epochs) for seed in seeds]
@@ -72,7 +72,7 @@ def plain(config: Any, num_seeds: int) -> list[tuple[Student, int]]:
 
 
 def needs_teacher(config: Any) -> bool:
-    kinds = {labels for _, labels in _cells(config, Roles("distilled", "initial"))}
+    kinds = {labels for _, labels in cells(config, Roles("distilled", "initial"))}
     return config.evaluate.plain == "expert" or any(KINDS[k].teacher for k in kinds)
 
 

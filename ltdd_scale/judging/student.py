@@ -7,6 +7,7 @@ classes only (`subsets.py`). Nothing is chosen on the test set: the last weights
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -34,6 +35,7 @@ from ltdd_scale.runtime.context import Context
 
 PLAIN = "plain"  # the set of the plain network, which is judged with logit adjustment too
 WEIGHTS = "weights.pt"
+HALF_MAX = 65504.0  # the largest number of float16
 
 
 def check(settings: Any) -> None:
@@ -55,13 +57,17 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     shape = (settings.width, settings.norm, settings.images.resolution)
     num_classes = part.num_classes if part else len(split.classes)
     recipe = frozen.recipe(who.net, *shape, num_classes)
-    average, history = train(setup, ranks.to_device(build(recipe, setup.key)), context)
+    network = build(recipe, setup.key)
+    if part and registry.norm_layers(network):  # they have nothing to learn from one image
+        setup = dataclasses.replace(setup, joins=True)
+    average, history = train(setup, ranks.to_device(network), context)
     if not math.isfinite(history[-1]):
         rate = settings.training.lr
         raise UserError(f"{who.title}: the loss is {history[-1]}; lower evaluate.lr (it is {rate})")
     held, groups = ShardSplit(context.input("shard"), settings.split), split.manifest["groups"]
     test = open_images(held, settings.images, ranks.device, context.workers)
-    kept = frozen.predict(average, test, setup.normalize, ranks).half()
+    # Half precision has no larger numbers: beyond them all are infinite, and none the largest.
+    kept = frozen.predict(average, test, setup.normalize, ranks).clamp(-HALF_MAX, HALF_MAX).half()
     logits = kept.float()
     result = metrics(logits, held.labels, groups) if part is None else _of_part(part, logits, held)
     row = {**who.to_dict(), "ipc": settings.ipc if "ipc" in settings else None, **result}

@@ -34,7 +34,8 @@ class Setup:
     """All that a student's training depends on, besides its initial weights.
 
     `normalize` takes images float [n, 3, R, R] in [0, 1]; `spec` is what their views are drawn
-    from. `key` keys every random draw. `title` is shown, and names the checkpoints.
+    from. `key` keys every random draw. `title` is shown, and names the checkpoints. `joins`: an
+    image that would be the last step of an epoch alone joins the step before it.
     """
 
     images: Images
@@ -45,11 +46,21 @@ class Setup:
     epochs: int
     key: str
     title: str
+    joins: bool = False
+
+    @property
+    def stops(self) -> list[int]:
+        """Where each step of an epoch ends, in images."""
+        n, size = len(self.images.labels), self.training.batch_size
+        stops = [*range(size, n, size), n]
+        if self.joins and len(stops) > 1 and n % size == 1:
+            del stops[-2]
+        return stops
 
     @property
     def steps(self) -> int:
         """Steps an epoch."""
-        return -(-len(self.images.labels) // self.training.batch_size)
+        return len(self.stops)
 
 
 def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module, list[float]]:
@@ -128,11 +139,10 @@ class _Work:
 
     def rest_of_epoch(self) -> Iterator[tuple[EpochViews, np.ndarray, Tensor]]:
         """(views of the epoch, indices [b], images [b, 3, R, R]) of the steps it has left."""
-        setup, size = self.setup, self.setup.training.batch_size
-        epoch, first = divmod(self.taken, setup.steps)
-        n = len(setup.images.labels)
-        order = rng(setup.key, "student order", epoch).permutation(n)
-        batches = [order[i : i + size] for i in range(first * size, n, size)]
+        setup, stops = self.setup, self.setup.stops
+        epoch, first = divmod(self.taken, len(stops))
+        order = rng(setup.key, "student order", epoch).permutation(stops[-1])
+        batches = np.split(order, stops[:-1])[first:]
         seed, drawn_epoch = setup.labels.view_key(setup.key, epoch)
         cutmix = setup.training.cutmix
         drawn = draw_epoch(setup.spec, setup.images.sizes, seed, drawn_epoch, cutmix)

@@ -7,13 +7,14 @@ stage stand in one table. Nothing is chosen on the test set.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ltdd_scale.data.stage import real, seen
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging import single_stage
 from ltdd_scale.judging.contract import Protocol, Roles
-from ltdd_scale.judging.settings import Grouping, TwoStage
+from ltdd_scale.judging.settings import ADJUSTED, Grouping, TwoStage
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
 from ltdd_scale.results import GROUPS_PART, TRAINED, Student
 from ltdd_scale.stage import Division, Section, Stage, places
@@ -88,6 +89,7 @@ def _grouping(config: Any, found: list[tuple[Student, int]]) -> Stage:
         given={"title": NETWORKS[network]},
         inputs={**real(config), "network": student.name if student else network},
         division=Division.ONE,
+        cost="ltdd_scale.judging.cost:grouping",
         help="group the classes",
     )
 
@@ -103,12 +105,15 @@ def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
     return (*above, single_stage.verdict(config, roles, above, asked))
 
 
-def check(config: Any) -> list[str]:
+def check(config: Any, experts: Collection[str] = ()) -> list[str]:
+    """See `Protocol`."""
     asked, warnings = config.two_stage, []
     trained = [name for name in asked.second if name in TRAINED]
+    missing = _missing(config, experts)
     for key, names in (("first", asked.first), ("second", asked.second)):
         if not names:
             raise UserError(f"two_stage.{key}: name at least one, such as [distilled]")
+        warnings += _left_out(key, names, missing)
     if asked.groups == 1:
         raise UserError("two_stage.groups: one group tells nothing apart; 2 or more, or 0")
     _check_criterion(asked, warnings)
@@ -130,9 +135,41 @@ def check(config: Any) -> list[str]:
         )
     if config.data.zca and asked.network == "observer":
         raise UserError("two_stage.network=observer: it sees no whitened images; set another one")
+    if config.evaluate.plain == "expert":
+        warnings.append(
+            "evaluate.plain=expert has no effect with protocol=two_stage: plain networks are "
+            "trained all the same; set own or none"
+        )
     if len(config.evaluate.nets) > 1:
         warnings.append(f"two_stage judges pairs of {config.evaluate.nets[0]} only, the first net")
     return warnings
+
+
+def _missing(config: Any, experts: Collection[str]) -> dict[str, str]:
+    """Networks that the run does not have: name → what they need."""
+    settings, kind = config.evaluate, config.relabel.labels
+    cells = single_stage.cells(config, Roles("distilled", "initial"))
+    teacher = "teacher" in experts or KINDS[kind].teacher or needs_teacher(config)
+    known = {
+        "plain": (settings.plain != "none", "evaluate.plain=own"),
+        "random": (("random", baseline(kind)) in cells, "evaluate.random=true"),
+        "full": (settings.full_epochs > 0, "evaluate.full_epochs"),
+        "teacher": (teacher, "labels of a teacher, or two_stage.network=teacher"),
+    }
+    return {name: needs for name, (there, needs) in known.items() if not there}
+
+
+def _left_out(key: str, names: Sequence[str], missing: dict[str, str]) -> list[str]:
+    """A warning of the candidates `names` that the run does not have; none of the default ones,
+    which are for every run. Raises `UserError` where no other is left."""
+    needs = {name: missing.get(name.removesuffix(ADJUSTED), "") for name in names}
+    needs = {name: text for name, text in needs.items() if text}
+    shown = ", ".join(f"{name} (it needs {text})" for name, text in needs.items())
+    if len(needs) == len(set(names)):
+        raise UserError(f"two_stage.{key}: the run has none of them: {shown}")
+    if not needs or list(names) == getattr(TwoStage(), key):
+        return []
+    return [f"two_stage.{key}: the run does not have {shown}: left out"]
 
 
 def _check_criterion(asked: TwoStage, warnings: list[str]) -> None:
@@ -143,6 +180,10 @@ def _check_criterion(asked: TwoStage, warnings: list[str]) -> None:
             warnings.append("two_stage.groups has no effect with two_stage.criterion=given")
     elif asked.given:
         warnings.append(f"two_stage.given has no effect with criterion={asked.criterion}")
+    if asked.criterion != "maxcut" and asked.centres != TwoStage().centres:
+        warnings.append(f"two_stage.centres has no effect with criterion={asked.criterion}")
+    if asked.criterion == "given" and asked.smallest != TwoStage().smallest:
+        warnings.append("two_stage.smallest has no effect with criterion=given")
     if asked.criterion == "random" and not asked.groups:
         raise UserError("two_stage.criterion=random: set two_stage.groups to 2 or more")
 
@@ -154,4 +195,5 @@ TWO_STAGE = Protocol(
     needs_observer,
     sections={"two_stage": TwoStage},
     check=check,
+    plain=True,
 )

@@ -1,5 +1,5 @@
-"""Stage "evaluate": all students' results and the judged networks in one ``results.json``; whom
-they take for whom in ``confusion.npz``."""
+"""Stage "evaluate": all students' results and the judged networks in one ``results.json``, their
+confusion matrices in ``confusion.npz``."""
 
 from __future__ import annotations
 

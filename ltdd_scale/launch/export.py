@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltdd_scale.errors import UserError
 from ltdd_scale.publish import hub
 from ltdd_scale.publish.material import FOLDER
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.settings import DDRANKING, IMAGEFOLDER, SET, Publish
+from ltdd_scale.runtime import files
 from ltdd_scale.settings import parse
+
+if TYPE_CHECKING:
+    from ltdd_scale.publish.encode import Encoding
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,42 @@ def export(options: Options) -> int:
     """Write it, and say where it is. Returns the exit code."""
     opened = _open(options.path)
     place = opened.folder.resolve()  # it may be "."
-    out = options.out or place.with_name(f"{place.name}-{options.format}")
-    if out.resolve() == place:
-        raise UserError(f"{out} is the set itself: choose another folder with --out")
-    if out.exists() and not (out / "files.json").exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty, and no export of ours: choose another --out")
+    shown = options.out or place.with_name(f"{place.name}-{options.format}")
+    out = shown.resolve()
+    if place in (out, *out.parents):
+        raise UserError(f"{shown} is in the set itself: choose another folder with --out")
+    _check_free(out, shown)
+    if options.license is not None:
+        options = dataclasses.replace(options, license=options.license.strip())
     if options.format == DDRANKING:
         _ddranking(opened, options, out)
     else:
         _set(opened, options, out)
-    print(f"written  {out}")
-    if not opened.publish.license and not options.license:
+    print(f"written  {shown}")
+    if not (opened.publish.license if options.license is None else options.license):
         print(hub.ASKS)
     return 0
+
+
+def _check_free(out: Path, shown: Path) -> None:
+    """Raise `UserError` unless `out` is not there, is empty, or is an export of ours and nothing
+    else: it is replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{shown} is a file: choose another folder with --out")
+    there = {p for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
+    if not there:
+        return
+    try:
+        listed = {out / name for name in files.read_json(out / "files.json")}
+    except (UserError, TypeError):
+        listed = set()
+    if foreign := sorted(there - listed - {out / "files.json"}):
+        raise UserError(
+            f"{shown} is not empty, and {foreign[0].relative_to(out)} there is not of an export of "
+            "ours: choose another --out"
+        )
 
 
 def _open(path: Path) -> Opened:
@@ -65,10 +93,12 @@ def _ddranking(opened: Opened, options: Options, out: Path) -> None:
     from ltdd_scale.publish import ddranking
     from ltdd_scale.publish import set as published
 
-    if options.images or options.measure:
-        raise UserError("--images and --measure do not go with --format ddranking: it is tensors")
+    if options.images or options.measure or options.quality is not None:
+        raise UserError(
+            "--images, --quality and --measure do not go with --format ddranking: it is tensors"
+        )
     with published.swapped_in(out) as fresh:
-        ddranking.write(opened, fresh, options.dataset)
+        ddranking.write(opened, fresh, options.dataset, options.license)
         published.put_hashes(fresh)
 
 
@@ -80,23 +110,47 @@ def _set(opened: Opened, options: Options, out: Path) -> None:
         raise UserError("--dataset goes with --format ddranking")
     values: dict[str, Any] = opened.publish.model_dump()
     asked = {"images": options.images, "quality": options.quality, "license": options.license}
+    if options.license and values["license"] and options.license != values["license"]:
+        values["license_link"] = ""  # it is where the other licence can be read
     values |= {name: value for name, value in asked.items() if value is not None}
     if options.images is None:
         values |= {"images": opened.encoding.name}
     publish = parse(Publish, values, "publish.")
     encoding = Encoding(publish.images, publish.quality)
     if not encoding.lossy:
+        if options.quality is not None:
+            raise UserError("--quality goes with --images webp-lossy or jpeg: others lose nothing")
         encoding = Encoding(publish.images)
     formats = [IMAGEFOLDER, *publish.formats] if options.format == SET else [options.format]
     change = None
     if options.measure:
         if encoding == opened.encoding:
             raise UserError("--measure compares with other images: choose some with --images")
+        change = _measured(opened, out, options.measure, options.seeds, encoding, publish)
+    published.rewrite(opened, out, formats, encoding, publish, change)
+
+
+def _measured(
+    opened: Opened, out: Path, test: Path, seeds: int, encoding: Encoding, publish: Publish
+) -> dict[str, Any]:
+    """`measure` with a set that is written beside `out` for it. What is wrong with the test images
+    or with the seeds is said before."""
+    from ltdd_scale import fit
+    from ltdd_scale.publish import set as published
+
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least 1")
+    if not test.is_dir():
+        raise UserError(f"--measure {test}: no such folder")
+    fit.find_images(test, fit.judged_folders(test, fit.describe(opened.folder)))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".measure-") as folder:
             other = Path(folder) / "set"
             published.rewrite(opened, other, [IMAGEFOLDER], encoding, publish)
-            change = measure(opened.folder, other, options.measure, options.seeds)
-    published.rewrite(opened, out, formats, encoding, publish, change)
+            return measure(opened.folder, other, test, seeds)
+    except OSError as error:
+        raise files.explain(error, out) from error
 
 
 def measure(lossless: Path, other: Path, test: Path, seeds: int) -> dict[str, Any]:
@@ -106,8 +160,6 @@ def measure(lossless: Path, other: Path, test: Path, seeds: int) -> dict[str, An
 
     from ltdd_scale import fit
 
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: at least 1")
     told = fit.describe(lossless)
     peers = fit.join(told)
     found: list[list[float]] = []

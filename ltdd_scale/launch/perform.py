@@ -14,6 +14,7 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import backend, digest, shards, sources
 from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
+from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.launch.guard import guarded
 from ltdd_scale.pipeline import graph
 from ltdd_scale.request import Request
@@ -89,12 +90,13 @@ def _is_there(data: Any) -> bool:
 
 
 def plain_network(config: Any, source: str, absent: bool = False) -> str:
-    """ "own" where the plain network is cheap beside the run, or where no expert could stand in.
+    """ "own" where the plain network is cheap beside the run, where no expert could stand in, or
+    where the protocol trains it whatever it costs.
 
     `absent`: the images are not here, and what the config expects of them has to do.
     """
     own = load.changed(config, {"evaluate.plain": "own"})
-    if "teacher" not in recipe.experts(own):
+    if PROTOCOLS[config.protocol].plain or "teacher" not in recipe.experts(own):
         return "own"
     nodes = graph.build(recipe.stages(own, source), own)
     facts = sources.expected(config.data) if absent else sources.facts(config.data)

@@ -21,7 +21,7 @@ AXES = (
     ("ipc", "ipc", "images a class (IPC)", "IPC"),
     ("data.imbalance_factor", "imbalance", "imbalance factor", "imbalance factor"),
 )
-KINDS = {"distilled": "", "random": "random real, ", "plain": "plain, logit-adjusted, "}
+KINDS = {"distilled": "", "random": "random real, "}  # what a curve's name begins with
 MOST = 12  # panels of features
 
 
@@ -61,35 +61,42 @@ def _curves(
     """One panel for each value of the other axis."""
     key, name, label, _ = axis
     (other,) = (a for a in AXES if a is not axis)
+    found = [p for p in found if _at(p, key) is not None]
     if len({_at(p, key) for p in found}) < 2:
         return None
+    from ltdd_scale.publish.message import plain_name
     from ltdd_scale.publish.pictures import points
     from ltdd_scale.publish.pictures.canvas import Picture
 
     families = list(dict.fromkeys(map(_family, found)))
     panels = []
-    for value in sorted({_at(p, other[0]) for p in found}):
+    for value in sorted({_at(p, other[0]) for p in found}, key=lambda v: (v is not None, v or 0)):
         own = [p for p in found if _at(p, other[0]) == value]
         if len({_at(p, key) for p in own}) > 1:
-            title = f"{other[3]} {value:g}"
+            title = "" if value is None else f"{other[3]} {value:g}"
             panels.append(_panel(title, own, published, number, key, families))
     if not panels:
         return None
     drawn = points.sweep_curves(panels, label, HEADINGS[number])
     said = "; ".join(
-        f"{panel.title}, {curve.name}: "
+        f"{', '.join(filter(None, (panel.title, curve.name)))}: "
         + ", ".join(f"{x:g}: {y:.1f}" for x, y, _ in sorted(curve.points))
         for panel in panels
         for curve in panel.curves
     )
-    beside = "; hollow: published" if any(p.published for p in panels) else ""
+    kinds = {curve.kind for panel in panels for curve in panel.curves}
+    marks = ["dashed: random real images"] if "random" in kinds else []
+    if "plain" in kinds:
+        names = dict.fromkeys(plain_name(_plain_title(p)) for p in found if "plain" in p.numbers)
+        marks.append(f"dotted: {' or '.join(names)} on the whole set after logit adjustment")
+    if any(p.published for p in panels):
+        marks.append("hollow: published")
     return Picture(
         name,
         f"{HEADINGS[number]} over the {label}",
         f"{said}.",
         drawn,
-        f"per cent. Dashed: random real images; dotted: the plain network on the whole set after "
-        f"logit adjustment{beside}.",
+        f"{'; '.join(['per cent', *marks])}.",
     )
 
 
@@ -114,7 +121,7 @@ def _panel(
     ]
     if len({str(c.points) for c in plain if c and c.points}) == 1:
         first = next(c for c in plain if c and c.points)
-        first.name = KINDS["plain"].rstrip(", ")
+        first.name = _plain_title(own[0])
         plain = [first]
     for curve in plain:
         _add(panel.curves, curve)
@@ -124,8 +131,9 @@ def _panel(
                 net = point.config.evaluate.nets[0]
                 if row.top1 is not None and row.net in ("", net) and row.fits(point.config):
                     places = panel.published.setdefault(row.method, [])
-                    if (place := (_at(point, key), row.top1)) not in places:
-                        places.append(place)
+                    x = _at(point, key)
+                    if x is not None and (x, row.top1) not in places:
+                        places.append((x, row.top1))
     return panel
 
 
@@ -143,9 +151,9 @@ def _curve(
 
     places: dict[float, list[Mapping[str, Any]]] = {}
     for point in members:
-        entry = point.numbers.get(kind)
-        if entry is not None and entry.get(number) is not None:
-            places.setdefault(_at(point, key), []).append(entry)
+        entry, x = point.numbers.get(kind), _at(point, key)
+        if entry is not None and entry.get(number) is not None and x is not None:
+            places.setdefault(x, []).append(entry)
     points: list[tuple[float, float, float | None]] = []
     for x, entries in sorted(places.items()):
         values = [e[number] for e in entries]
@@ -153,13 +161,24 @@ def _curve(
             float(np.std(values, ddof=1)) if len(values) > 1 else entries[0].get(f"{number}_std")
         )
         points.append((x, float(np.mean(values)), spread))
-    return Curve(KINDS[kind] + family, points, kind, k) if points else None
+    if not points:
+        return None
+    name = f"{_plain_title(members[0])}, " if kind == "plain" else KINDS[kind]
+    return Curve(name + family, points, kind, k)
 
 
-def _at(point: Finished, key: str) -> float:
+def _plain_title(point: Finished) -> str:
+    """The title of the network on the whole set after logit adjustment."""
+    titles = (e["title"] for e in point.summary.get("plain", []))
+    return next((t for t in titles if t.endswith("logit-adjusted")), "plain, logit-adjusted")
+
+
+def _at(point: Finished, key: str) -> float | None:
+    """Where the point stands. Classes that no imbalance factor has made have none."""
     if key == "ipc":
         return float(point.config.ipc)
-    return float(point.config.data.imbalance_factor)
+    data = point.config.data
+    return float(data.imbalance_factor) if data.profile == "exponential" else None
 
 
 def _family(point: Finished) -> str:

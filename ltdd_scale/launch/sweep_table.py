@@ -51,8 +51,8 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
     """Write ``results.json`` and ``sweep.md``, and return its text.
 
     Tables of all points with published numbers; of images × labels, where points have several kinds
-    of labels or of networks; of means over seeds; of all pairs of two stages. Pictures, where points
-    differ in IPC or imbalance factor.
+    of labels or of networks; of means over seeds; of all pairs of two stages. Pictures, where
+    points differ in IPC or imbalance factor.
 
     `why(job)`: the last error of a job, or nothing.
     """

@@ -1,5 +1,5 @@
-"""Weights as safetensors: for people without this package. The recipe and a hash of all tensors
-stand in the file's metadata."""
+"""Weights as safetensors: for people without this package. The recipe and a hash of it and of all
+tensors stand in the file's metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def save(path: Path, recipe: dict[str, Any], weights: dict[str, Tensor]) -> None
     """Write `weights` with `recipe` (``frozen.recipe``) as JSON in the metadata. Equal weights give
     equal bytes."""
     weights = {name: value.cpu().contiguous() for name, value in sorted(weights.items())}
-    told = {"format": "pt", "recipe": json.dumps(recipe), "sha256": _digest(weights)}
+    said = json.dumps(recipe)
+    told = {"format": "pt", "recipe": said, "sha256": _digest(weights, said)}
     files.write_bytes(path, _in_order(safetensors.torch.save(weights, told)))
 
 
@@ -44,9 +45,13 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} does not say what network it is of (no 'recipe' in its metadata): it is not "
             "from ltdd_scale"
         )
-    if told.get("sha256") != _digest(weights):
+    # The first files of this kind have a hash of the tensors alone.
+    if told.get("sha256") not in (_digest(weights, told["recipe"]), _digest(weights, "")):
         raise UserError(f"{path} is damaged (its hash does not match); write it again")
-    return json.loads(told["recipe"]), weights
+    try:
+        return json.loads(told["recipe"]), weights
+    except ValueError as error:
+        raise UserError(f"{path} is damaged (its recipe: {error}); write it again") from None
 
 
 def _in_order(content: bytes) -> bytes:
@@ -57,8 +62,8 @@ def _in_order(content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(weights: dict[str, Tensor], recipe: str) -> str:
+    digest = hashlib.sha256(recipe.encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

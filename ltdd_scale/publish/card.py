@@ -37,12 +37,14 @@ def loss(student, rows):
     log_q = student - np.logaddexp.reduce(student, 1, keepdims=True)
     return -(p[rows] * log_q).sum(1).mean()"""
 MEANING = {
-    "single": "`single.npy` has the teacher's logits on every whole image; students learn the "
+    "single": "`single.npy` has the teacher's logits of every whole image; students learn the "
     "logits (MSE) and, a little, the class (CE).",
     "online": "The students above were labelled by the teacher on every view that they saw "
-    "(`online`). `single.npy` has its logits on every whole image: labels that need no teacher.",
-    "stored": "The students above learned from the teacher's logits on the views of every epoch "
-    "(`epoch-*.npy`, with `ltdd-scale fit`). `single.npy` has its logits on every whole image.",
+    "(`online`). `single.npy` has the teacher's logits of every whole image: labels that need no "
+    "teacher.",
+    "stored": "The students above learned from the teacher's logits of the views of every epoch "
+    "(`epoch-*.npy`, with `ltdd-scale fit`). `single.npy` has the teacher's logits of every whole "
+    "image.",
     "learned": "`learned.npy` has logits that were learned together with the images; students "
     "minimise the cross-entropy with their softmax.",
     "hard": "The labels are the classes; students minimise the cross-entropy with them.",
@@ -62,6 +64,7 @@ def card(opened: Opened, results: dict[str, Any] | None) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["words"] = words
     text = environment.get_template("card.md.j2").render(
         header=hub.header(opened, formats, sum(told["image_counts"])),
         name=told["name"],
@@ -91,6 +94,7 @@ def card(opened: Opened, results: dict[str, Any] | None) -> str:
         formats=formats,
         loading="\n".join(LOADING[f].format(SHORT[f]) for f in LOADING if f in formats),
         columns=_columns(opened, formats),
+        rows=_rows(told, formats),
         meaning=_meaning(told),
         code=code,
         mixing=_mixing(told),
@@ -115,15 +119,43 @@ def label_code(told: dict[str, Any]) -> str:
 
 
 def _meaning(told: dict[str, Any]) -> str:
-    """What the tables are. Of a kind that nothing is said of here: what lies there."""
-    if told["labels"] in MEANING:
-        return MEANING[told["labels"]]
-    file = told["soft_labels"]
-    return f"`{file}` has logits." if file else "The table is the classes'."
+    """What the labels are. Of a kind that nothing is said of here: what lies there."""
+    kind, file = told["labels"], told["soft_labels"]
+    if not file and kind != "hard":
+        return (
+            f"The students above learned from `{kind}` labels, with `ltdd-scale fit`. The set has "
+            "no table of soft labels: the lines below take the classes."
+        )
+    return MEANING.get(kind, f"`{file}` has logits.")
+
+
+def _rows(told: dict[str, Any], formats: list[str]) -> str:
+    """Which image a row of the labels belongs to, in the formats that are there."""
+    if "imagefolder" in formats:
+        also = ", which is row i of the parquet files" if "parquet" in formats else ""
+        return (
+            'Row i of the labels belongs to the i-th image of `sorted(glob("images/*/*"))`, class '
+            f"after class{also}."
+        )
+    if "parquet" in formats:
+        return "Row i of the labels belongs to row i of the parquet files, class after class."
+    return (
+        "The labels stand class after class. A sample has the key `CLASS_K`, such as "
+        '`00003_00001`: its row is `sum(told["image_counts"][:CLASS]) + K`.'
+    )
+
+
+def words(text: str) -> str:
+    """`text` as one line of Markdown that says just these letters. Addresses stay whole."""
+    said = []
+    for word in text.split():
+        signs = r"[<>`|\\]" if "://" in word else r"[<>`*_\[\]|\\]"
+        said.append(re.sub(signs, r"\\\g<0>", word))
+    return " ".join(said)
 
 
 def _listed(names: list[str]) -> str:
-    listed = ", ".join(names[:SHOWN_CLASSES])
+    listed = ", ".join(map(words, names[:SHOWN_CLASSES]))
     if len(names) > SHOWN_CLASSES:
         listed += f", … ({len(names)} in all, in set.json)"
     return listed

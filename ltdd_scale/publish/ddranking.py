@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from ltdd_scale.errors import UserError
+from ltdd_scale.publish.card import words
 from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.runtime import files
@@ -28,6 +30,8 @@ README = """# {name}, for `ddranking`
 `images.pt`: float32 [{n}, 3, {size}, {size}], class after class, {ipc} of each, normalised with
 {of}.
 {labels}
+
+Licence of the source images: {license}.
 
 ```python
 import torch
@@ -50,12 +54,13 @@ set, and last weights: the two are not comparable.
 """
 
 
-def write(opened: Opened, folder: Path, dataset: str | None) -> None:
+def write(opened: Opened, folder: Path, dataset: str | None, license: str | None = None) -> None:
     """Write ``images.pt``, ``labels.pt`` where the set has soft labels, and how to load them.
 
     `dataset` is the package's name of the data set: images are normalised as it normalises its own.
-    None: as our students see them. Raises `UserError` where classes differ in their images, which
-    the package does not know, or in number from those of `dataset`, and for whitened images.
+    None: as our students see them. `license` takes the place of the set's own. Raises `UserError`
+    where classes differ in their images, which the package does not know, or in number from those
+    of `dataset`, for whitened images, and where the disk is full.
     """
     counts, told = opened.image_counts, opened.told
     if len(set(counts)) > 1:
@@ -76,8 +81,8 @@ def write(opened: Opened, folder: Path, dataset: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _images(opened, folder / IMAGES, mean, std)
     if opened.soft is not None:
-        torch.save(torch.from_numpy(np.array(opened.soft, np.float32)), folder / LABELS)
-    files.write_text(folder / "README.md", _readme(opened, dataset))
+        _save(torch.from_numpy(np.array(opened.soft, np.float32)), folder / LABELS)
+    files.write_text(folder / "README.md", _readme(opened, dataset, license))
 
 
 def _images(opened: Opened, path: Path, mean: list[float], std: list[float]) -> None:
@@ -86,22 +91,37 @@ def _images(opened: Opened, path: Path, mean: list[float], std: list[float]) -> 
     mapped = path.with_suffix(".tmp")
     try:
         held = np.lib.format.open_memmap(mapped, "w+", np.float32, (n, 3, side, side))
+        with open(mapped, "r+b") as file:  # a full disk is an error here, and a signal later on
+            os.posix_fallocate(file.fileno(), 0, mapped.stat().st_size)
         at, scale = (np.asarray(v, np.float32)[:, None, None] for v in (mean, std))
         for row, sample in enumerate(opened.samples()):
             held[row] = (decode(sample.content).astype(np.float32) / 255 - at) / scale
-        torch.save(torch.from_numpy(held), path)
+        _save(torch.from_numpy(held), path)
     finally:
         mapped.unlink(missing_ok=True)
 
 
-def _readme(opened: Opened, dataset: str | None) -> str:
+def _save(tensor: torch.Tensor, path: Path) -> None:
+    """As `torch.save`, which has an error of its own for a disk that is full."""
+    try:
+        torch.save(tensor, path)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({said}); is the disk full?") from None
+
+
+def _readme(opened: Opened, dataset: str | None, license: str | None) -> str:
     told, soft = opened.told, opened.soft is not None
+    if license is None:
+        license = ", ".join(filter(None, (opened.publish.license, opened.publish.license_link)))
     values: dict[str, Any] = {
-        "name": told["name"],
+        "name": words(told["name"]),
+        "license": words(license) or "not stated. Whoever gives this away has to say it",
         "n": sum(opened.image_counts),
         "size": told["resolution"],
         "ipc": opened.image_counts[0],
-        "classes": ", ".join(opened.names[:20]) + (", …" if len(opened.names) > 20 else ""),
+        "classes": ", ".join(map(words, opened.names[:20]))
+        + (", …" if len(opened.names) > 20 else ""),
         "dataset": dataset or "...",
         "of": f"the mean and std that the package has for {dataset}"
         if dataset

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ltdd_scale.publish.opened import Opened, Sample
+from ltdd_scale.publish.opened import Opened, Sample, numbered
 
 SHARD_BYTES = 400 * 2**20  # a shard ends with the sample that goes beyond it
 ROWS = 100  # of a parquet row group: what a reader holds at once
@@ -48,13 +48,14 @@ def write_webdataset(opened: Opened, folder: Path, shard_bytes: int = SHARD_BYTE
     sets give equal bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
+    shards, most = [], max(opened.image_counts)
     for samples in _shards(opened.rounds(), shard_bytes):
         shards.append(folder / f".{len(shards)}.tmp")
         with tarfile.open(shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
+                key = f"{numbered(sample.label, opened.num_classes)}_{numbered(sample.k, most)}"
                 for suffix, content in _members(sample):
-                    member = tarfile.TarInfo(f"{sample.label:05d}_{sample.k:05d}.{suffix}")
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     _name(shards, folder, "tar")

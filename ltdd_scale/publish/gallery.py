@@ -111,16 +111,15 @@ class Gallery:
         lines, number = self._lines(), HEADINGS[self.number]
         said = "".join(map(self._spoken, kinds))
         said += "".join(f"{name}: {mean:.1f}. " for name, (mean, _) in lines.items())
+        caption = f"{self.net}; points are means over seeds, bars their standard deviation."
+        if lines:
+            caption += f" Lines: networks on the whole long-tailed set ({'; '.join(lines)})."
         return Picture(
             "message",
             "The distilled set against random real images and the whole set",
             f"{number} in per cent of a {self.net} at each kind of labels. {said}",
             budget.message(named, series, lines, number),
-            f"{self.net}; points are means over seeds, bars their standard deviation. Lines: the "
-            "plain network trained on the whole long-tailed set, as it is and after logit "
-            "adjustment."
-            if lines
-            else f"{self.net}; points are means over seeds, bars their standard deviation.",
+            caption,
         )
 
     def _budget(self, kind: str) -> str:
@@ -180,8 +179,8 @@ class Gallery:
             f"{best[self.number]:.1f}: first {best['first']}, second {best['second']}. "
             "The table has all of them.",
             budget.pairs_of_stages(firsts, seconds, values, number),
-            "With hard routing the class is looked for in the group that the first stage holds for "
-            "the most likely one.",
+            "With hard routing the first stage chooses the most likely group, and the second stage "
+            "chooses a class of that group.",
         )
 
     @cached_property
@@ -377,8 +376,8 @@ class Gallery:
             f"{len(bars)} stages on at most {max(b.ranks for b in bars)} ranks each; "
             f"{spent:,.0f} seconds summed over ranks. The table of stages has the numbers.",
             work.timeline(bars),
-            "A row is a rank. Stages that other runs had made before stand where they ran then; of "
-            "one that was interrupted, the time since it last began.",
+            "Each row is a rank. A stage that an earlier run made stands at the time of that run. "
+            "Of a stage that was interrupted, only the time after its last start is shown.",
         )
 
 

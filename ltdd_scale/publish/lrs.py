@@ -75,10 +75,12 @@ def text(results: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     summary = results["summary"]
+    balanced = "" if summary.get("balanced_test", True) else "Accuracies are balanced ones. "
     about = (
         "LRS = (exp α − exp −1) / (exp 1 − exp −1) with α = ½·IOR − ½·HLR, accuracies as "
-        "fractions; HLR: whole long-tailed set less distilled set, both with plain classes; IOR: "
-        f"distilled less random real images of that set ({labels_of('distilled', summary)} "
-        f"against {labels_of('random', summary)} labels). Last weights; no choice on test images."
+        "fractions; HLR: whole long-tailed set minus distilled set, both with plain classes; IOR: "
+        f"distilled set minus random real images ({labels_of('distilled', summary)} against "
+        f"{labels_of('random', summary)} labels). IOR = HLR gives 0.269. "
+        f"{balanced}Last weights; no choice on test images."
     )
     return "\n".join([*lines, "", about])

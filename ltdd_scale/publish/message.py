@@ -13,6 +13,7 @@ from ltdd_scale.results import labels_of
 
 Entry = Mapping[str, Any]
 CONFIDENCE = 0.95  # of the two-sided test (Welch's) by which a difference is more than noise
+LEAST = 0.05  # of a difference that is shown with one decimal
 
 
 def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
@@ -26,7 +27,7 @@ def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
     own = cells.get(("distilled", kind))
     if own is None or own.get(number) is None:
         return []
-    what = "" if number == "top1" else f" ({HEADINGS[number]} accuracy)"
+    what = _number_said(number)
     said = (
         f"Trained on {images:,} distilled images with {kind} labels a student reaches "
         f"{cell(dict(own), number)} %{what}"
@@ -46,7 +47,7 @@ def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
         if distilled.get(number) is None or beside is None:
             continue
         against = _against_random(distilled, beside, number, "")
-        out.append(f"With {other} labels: {cell(dict(distilled), number)} %, {against}.")
+        out.append(f"With {other} labels: {cell(dict(distilled), number)} %{what}, {against}.")
     return out
 
 
@@ -60,13 +61,12 @@ def two_stages(results: Entry) -> list[str]:
     if own is None or one is None:
         return []
     more, noise = difference(own, one, number)
-    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
-    said = f"{amount} than in one stage"
-    if noise or abs(more) < 0.05:
-        said = f"no better than in one stage ({amount}, within the noise)"
+    said = f"{_amount(more)} than in one stage{_doubt(own, one, number, noise)}"
+    if abs(more) < LEAST:
+        said = "no better than in one stage"
     return [
         f"In two stages, the group by a classifier of the whole set and the class by students of "
-        f"the distilled set: {cell(dict(own), number)} %, {said}."
+        f"the distilled set: {cell(dict(own), number)} %{_number_said(number)}, {said}."
     ]
 
 
@@ -76,56 +76,84 @@ def adjusted(summary: Entry, net: str) -> Entry | None:
     return next((e for e in found if e["net"] == net), found[0] if found else None)
 
 
+def plain_name(title: str) -> str:
+    """What the network of a plain entry is called, from the title of the entry."""
+    name = title.partition(",")[0]
+    return "the plain network" if name == "plain" else f"the {name}"
+
+
+def _number_said(number: str) -> str:
+    return "" if number == "top1" else f" ({HEADINGS[number]} accuracy)"
+
+
 def _against_random(own: Entry, other: Entry, number: str, labels: str) -> str:
     labelled = f" with {labels} labels" if labels else ""
     than = f"random real images{labelled}"
     more, noise = difference(own, other, number)
-    if abs(more) < 0.05:
+    if abs(more) < LEAST:
         return f"no better than on {than}"
-    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
-    if noise:
-        return f"no better than on {than} ({amount}, within the noise)"
-    doubt = " (one seed each: the noise is not known)" if noise is None else ""
-    if more > 0:
-        return f"{amount} than on {than}{doubt}"
-    return f"not better but worse than on {than}, by {abs(more):.1f}{doubt}"
+    if more < 0 and noise is False:
+        return f"not better but worse than on {than}, by {abs(more):.1f}"
+    return f"{_amount(more)} than on {than}{_doubt(own, other, number, noise)}"
 
 
 def _against_whole(own: Entry, whole: Entry, number: str, total: int) -> str:
-    name = whole["title"].partition(",")[0]
-    name = "the plain network" if name == "plain" else f"the {name}"
-    what = f"{name} on all {total:,} images after logit adjustment"
+    what = f"{plain_name(whole['title'])} on all {total:,} images after logit adjustment"
     more, noise = difference(own, whole, number)
-    if abs(more) < 0.05:
+    if abs(more) < LEAST:
         return f"as much as {what}"
-    amount = f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
-    if noise:
-        return f"as much as {what} within the noise ({amount})"
-    doubt = " (one seed each: the noise is not known)" if noise is None else ""
-    return f"{amount} than {what}{doubt}"
+    return f"{_amount(more)} than {what}{_doubt(own, whole, number, noise)}"
 
 
-def difference(one: Entry, other: Entry, number: str) -> tuple[float, bool | None]:
-    """(how much more `one` has, whether that may be the noise of seeds).
+def _amount(more: float) -> str:
+    return f"{abs(more):.1f} {'more' if more > 0 else 'less'}"
 
-    Welch's test at `CONFIDENCE`. Where only one of them has several seeds, the other is taken for
-    a draw of the same spread; where neither has, the noise is not known: None.
-    """
-    more = float(f"{one[number]:.1f}") - float(f"{other[number]:.1f}")  # as they are shown
-    known = [
+
+def _doubt(one: Entry, other: Entry, number: str, noise: bool | None) -> str:
+    """What stands behind a difference that is not proven. Such a one may still be real: with few
+    seeds only a large one is proven."""
+    if noise is False:
+        return ""
+    counts = [count for _, count in _spreads(one, other, number)]
+    if not counts:
+        return " (one seed each: the noise is not known)"
+    seeds = min(counts)
+    if noise is None:
+        return f" (the same over {seeds} seeds: the noise is not known)"
+    if seeds == 2:
+        return ", which 2 seeds cannot tell from noise"
+    return f", within the noise of {seeds} seeds"
+
+
+def _spreads(one: Entry, other: Entry, number: str) -> list[tuple[float, int]]:
+    """(standard deviation, number of seeds) of those of the two that have several seeds."""
+    return [
         (e[f"{number}_std"], e["num_seeds"])
         for e in (one, other)
         if e.get(f"{number}_std") is not None and e.get("num_seeds", 1) > 1
     ]
-    if not known:
-        return more, None
-    if len(known) == 1:
-        ((spread, count),) = known
-        square, freedom = spread**2 * (1 + 1 / count), count - 1.0
-    else:
+
+
+def difference(one: Entry, other: Entry, number: str) -> tuple[float, bool | None]:
+    """(how much more `one` has as both are shown, whether that may be the noise of seeds).
+
+    Welch's test at `CONFIDENCE`, on the numbers before they are rounded. Where only one of them
+    has several seeds, the other is taken for a draw of the same spread. Where neither has, or where
+    no seed differs from another, the noise is not known: None.
+    """
+    more = float(f"{one[number]:.1f}") - float(f"{other[number]:.1f}")  # as they are shown
+    known = _spreads(one, other, number)
+    if len(known) == 2:
         shares = [spread**2 / count for spread, count in known]
         square = sum(shares)
         weights = sum(v**2 / (n - 1) for v, (_, n) in zip(shares, known, strict=True))
         freedom = square**2 / weights if weights else 1.0
+    elif known:
+        ((spread, count),) = known
+        square, freedom = spread**2 * (1 + 1 / count), count - 1.0
+    else:
+        return more, None
+    if square == 0:
+        return more, None
     limit = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * math.sqrt(square)
-    return more, abs(more) <= limit
+    return more, abs(one[number] - other[number]) <= limit

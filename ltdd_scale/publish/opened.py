@@ -18,6 +18,14 @@ from ltdd_scale.runtime import files
 from ltdd_scale.settings import parse
 
 SOFT = ("single.npy", "learned.npy")  # tables of one soft label an image
+# What `set.json` has in every format.
+TOLD = ("name", "ipc", "classes", "folders", "train_counts", "resolution", "mean", "std", "labels")
+TOLD += ("student", "config")
+
+
+def numbered(k: int, count: int) -> str:
+    """`k` of `count` in a file's name, so that names sort as numbers do: five digits or more."""
+    return f"{k:0{max(5, len(str(count - 1)))}d}"
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,20 @@ class Sample:
 
 
 class Opened:
-    """The exported set in `folder`. Raises `UserError` where there is none."""
+    """The exported set in `folder`. Raises `UserError` where there is none, or where its
+    ``set.json`` does not say all that every format says."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         if not (self.folder / "set.json").exists():
             raise UserError(f"{folder} is not a distilled set (no set.json in it)")
         self.told: dict[str, Any] = files.read_json(self.folder / "set.json")
+        missing = [n for n in TOLD if not isinstance(self.told, dict) or n not in self.told]
+        if missing:
+            raise UserError(
+                f"{self.folder / 'set.json'} does not say all of a distilled set "
+                f"({missing[0]!r} is missing): write the set anew, by 'ltdd-scale run'"
+            )
 
     @property
     def num_classes(self) -> int:

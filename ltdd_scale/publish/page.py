@@ -133,8 +133,9 @@ class _Page:
             f"long-tailed images ({counts.max()} … {counts.min()} a class); "
             f"{material.resolution} px; method {material.config['method']}, {material.labels} "
             f"labels; judged on {self.summary['split']} images, per cent, mean ± standard "
-            f"deviation over {seeds} seed{'s' * (seeds != 1)}. A difference is called noise where "
-            "Welch's test over seeds does not tell it from none at 95 %."
+            f"deviation over {seeds} seed{'s' * (seeds != 1)}. If Welch's test (95 %) finds no "
+            "difference, we write “within the noise”. Where one side has a single seed, it is "
+            "taken to vary as the other does."
         )
 
     def _results(self) -> list[Block]:

@@ -14,13 +14,14 @@ from ltdd_scale.publish.material import FOLDER, Material
 from ltdd_scale.publish.tables import markdown, stage_rows, table
 from ltdd_scale.runtime import files
 
-VERSION = 3  # raised when a report looks different for the same material
+VERSION = 4  # raised when a report looks different for the same material
 MARK = ".report"
 WHOLE = (MARK, "results.json", "results.md", "report.html", f"{FOLDER}/files.json")
 
 
 def write(material: Material, out: Path) -> None:
-    """Write everything into the run folder `out`; the mark last.
+    """Write everything into the run folder `out`; the mark last. The old mark goes first: a report
+    that ends in the middle is nobody's.
 
     Raises `UserError` where the disk is full or a folder of `material` lacks a file.
     """
@@ -32,6 +33,10 @@ def write(material: Material, out: Path) -> None:
 
     results = files.read_json(material.folder("verdict") / "results.json")
     split = ShardSplit(material.folder("shard"), "train")
+    try:
+        (out / MARK).unlink(missing_ok=True)
+    except OSError as error:
+        raise files.explain(error, out / MARK) from error
     distilled_set.write(material, split, results, out)
     files.write_json(out / "results.json", results)
     pairs = stage_rows(results)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from ltdd_scale.publish.card import card
 from ltdd_scale.publish.encode import Encoding, decode
 from ltdd_scale.publish.formats import WRITERS
 from ltdd_scale.publish.material import FOLDER, Material
-from ltdd_scale.publish.opened import SOFT, Opened
+from ltdd_scale.publish.opened import SOFT, Opened, numbered
 from ltdd_scale.publish.settings import FORMATS, IMAGEFOLDER, Publish
 from ltdd_scale.runtime import files
 from ltdd_scale.settings import parse
@@ -34,6 +35,7 @@ FORMAT = 3
 TEACHER = "teacher.safetensors"
 TEACHERS = (TEACHER, "teacher.pt")  # the second before format 3
 THREADS = 4  # that encode images
+AWKWARD = re.compile(r"[:?#*\\\x00-\x1f\x7f]")  # of a folder's name, in patterns and addresses
 
 
 def write(material: Material, split: ShardSplit, results: dict[str, Any], out: Path) -> None:
@@ -96,11 +98,17 @@ def damage(folder: Path) -> list[str]:
 
 
 def folder_names(classes: list[str]) -> list[str]:
-    """Class folders whose sorted order, which ImageFolder uses, is the label order."""
+    """Class folders whose sorted order is the label order: that of names, which ImageFolder uses,
+    and that of paths (``cat-fish/`` comes before ``cat/``). Where names do not sort so, or where
+    Hugging Face's `datasets` would pass over one of them or take it for a pattern, they are
+    numbered."""
     plain = [c.replace("/", "_").replace(" ", "_") or "_" for c in classes]
-    if plain == sorted(plain) and len(set(plain)) == len(plain):
+    safe = [AWKWARD.sub("_", c) for c in plain]
+    sort = all(sorted(plain, key=key) == plain for key in (str, lambda c: f"{c}/"))
+    hidden = any(c.startswith((".", "__")) for c in plain)
+    if sort and safe == plain and not hidden and len(set(plain)) == len(plain):
         return plain
-    return [f"{k:05d}_{c}" for k, c in enumerate(plain)]
+    return [f"{numbered(k, len(safe))}_{c}" for k, c in enumerate(safe)]
 
 
 def find_teacher(folder: Path) -> Path | None:
@@ -119,8 +127,10 @@ def _fill(fresh: Path, material: Material, split: ShardSplit, results: dict[str,
     )
     provenance = []
     for label, name in enumerate(names):
-        for k, row in enumerate(held.provenance(label)):
-            provenance.append({"file": f"images/{name}/{k:05d}.{encoding.suffix}", **row})
+        rows = held.provenance(label)
+        for k, row in enumerate(rows):
+            file = f"images/{name}/{numbered(k, len(rows))}.{encoding.suffix}"
+            provenance.append({"file": file, **row})
     files.write_json(fresh / "provenance.json", provenance)
     if hints := held.hints():
         files.write_json(fresh / "hints.json", hints)
@@ -200,7 +210,9 @@ def put_hashes(folder: Path) -> None:
 
 
 def _put_images(
-    fresh: Path, encoding: Encoding, classes: Iterable[tuple[str, Iterable[np.ndarray]]]
+    fresh: Path,
+    encoding: Encoding,
+    classes: Iterable[tuple[str, Sequence[np.ndarray] | np.ndarray]],
 ) -> dict[str, Any]:
     """``images/<class>/00000.png`` …, class after class; what ``set.json`` says of them."""
     png, total, lossless = Encoding("png"), 0, 0
@@ -216,7 +228,7 @@ def _put_images(
             folder = fresh / "images" / name
             folder.mkdir(parents=True)
             waiting = [
-                pool.submit(put, folder / f"{k:05d}.{encoding.suffix}", pixels)
+                pool.submit(put, folder / f"{numbered(k, len(images))}.{encoding.suffix}", pixels)
                 for k, pixels in enumerate(images)
             ]
             for future in waiting:
@@ -270,8 +282,10 @@ def _put_teacher(weights: Path, fresh: Path) -> None:
 def swapped_in(place: Path) -> Generator[Path]:
     """A new folder beside `place`, which becomes `place` when all went well. What was there before
     is replaced."""
-    fresh = place.with_name(f".{place.name}.new")
+    fresh, old = (place.with_name(f".{place.name}.{part}") for part in ("new", "old"))
     try:
+        if old.exists() and not place.exists():  # something ended between two renames
+            os.rename(old, place)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         yield fresh

@@ -70,6 +70,7 @@ LOOK: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 PNG_DPI = 130
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def svg(picture: Picture) -> str:
     )
     labelled = f' role="img" aria-labelledby="{name}-title {name}-desc"'
     joins = ' stroke-linejoin="round" stroke-linecap="butt"'
-    return f"{head}{labelled}{joins}>{said}{body}"
+    # The name of a class may have a sign that XML does not know.
+    return CONTROL.sub("", f"{head}{labelled}{joins}>{said}{body}")
 
 
 def inline(text: str) -> str:

@@ -30,12 +30,15 @@ SHOWN = 200  # points of a curve
 @drawn
 def losses(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Losses over epochs, a panel each: curve → values. The vertical axis goes from the least to
-    the 99th percentile of all, so that one spike does not flatten the rest."""
+    the 99th percentile of all, so that one spike does not flatten the rest; a loss that is not
+    finite leaves a gap."""
     figure = sheet(4.4 * len(panels), 3.6)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, series) in zip(grid, panels.items(), strict=True):
         everything = np.concatenate([np.asarray(v, float) for v in series.values()])
-        low, high = float(everything.min()), float(np.percentile(everything, 99))
+        finite = everything[np.isfinite(everything)]
+        finite = finite if len(finite) else np.zeros(1)
+        low, high = float(finite.min()), float(np.percentile(finite, 99))
         high = high if high > low else low + 1
         for k, (name, values) in enumerate(series.items()):
             at = np.unique(np.linspace(0, len(values) - 1, min(len(values), SHOWN)).astype(int))
