@@ -59,7 +59,7 @@ OWN = {
 
 
 def config_of(method: str, folder: Path) -> Path:
-    values = yaml.safe_load(TINY)
+    values = yaml.safe_load(TINY.replace("plain: own", "embedding: false, plain: own"))
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**values, "method": method, **OWN[method]}))
     return path

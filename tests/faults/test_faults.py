@@ -22,6 +22,7 @@ from ltdd_scale.runtime.signals import STOP_CODE
 pytestmark = pytest.mark.slow
 # Longer trainings than elsewhere, so that most random moments fall into a step; conv observers with BatchNorm over both ranks.
 CONFIG = TINY.replace("epochs: 6, batch_size: 16", "epochs: 12, batch_size: 16")
+CONFIG = CONFIG.replace("plain: own", "embedding: false, plain: own")
 
 
 def start(

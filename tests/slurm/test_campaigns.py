@@ -88,8 +88,8 @@ def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
     """The distilled set is the same to the byte, whoever starts the ranks."""
     config = ROOT / "configs" / "quickstart.yaml"
     # Students do not touch the distilled set.
-    quick = ["evaluate.epochs=20", "evaluate.seeds=1", "evaluate.full_epochs=0"]
-    quick = ["--set", *quick, "evaluate.plain=expert"]
+    quick = ["evaluate.epochs=20", "evaluate.seeds=1", "evaluate.matrix=false"]
+    quick = ["--set", *quick, "evaluate.full_epochs=0", "evaluate.plain=expert"]
     more = "observer: {nodes: 2}, teacher: {nodes: 2}, recover: {array: 2}, students: {array: 2}"
     path = profile(tmp_path, f"stages: {{{more}}}\n")
     there = ["run", config, *quick, *where(tmp_path, "there", "store2"), *on_slurm(path)]
@@ -107,12 +107,12 @@ def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
     again = cli(*there)
     assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout
     table = cli("status", tmp_path / "there").stdout
-    assert table.count("| done") == 10 and "everything is done" in table, table
+    assert table.count("| done") == 11 and "everything is done" in table, table
 
 
 SWEEP = """
 config: tiny.yaml
-set: {{evaluate.random: false, observer.epochs: 20, relabel.labels: single, runtime.checkpoint_seconds: 1}}
+set: {{evaluate.random: false, evaluate.embedding: false, observer.epochs: 20, relabel.labels: single, runtime.checkpoint_seconds: 1}}
 max_jobs: 4
 points:
 {points}
