@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ["tests/faults", "tests/test_engine.py", "tests/test_promises.py"]
+HEAVY = ["tests/faults", "tests/test_promises.py"]
 SUITES = {
     "faults": HEAVY,
     "disturbed jobs": ["tests/slurm/test_disturbed.py"],
