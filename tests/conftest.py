@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-pytest_plugins = ["slurm_tools"]
+pytest_plugins = ["slurm_tools", "set_tools"]
 
 # A whole run in a few seconds: every stage does real work on real digits. Its report is plain.
 PLAIN_REPORT = "publish: {pictures: false, formats: []}\n"
@@ -149,3 +149,13 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     done = cli("run", folder / "tiny.yaml", "--out", folder / "run", "--nproc", 1)
     assert done.returncode == 0, done.stderr
     return folder / "tiny.yaml", folder / "run"
+
+
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    """`fit` takes all cores for itself; the tests after it do not."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 
@@ -126,3 +127,21 @@ def blocks(card: Path) -> list[str]:
 
 def header_of(card: Path) -> dict:
     return yaml.safe_load(card.read_text().split("---")[1])
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    return make_house(tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="module")
+def online(house, tmp_path_factory) -> Path:
+    """A set with online labels. Do not change it."""
+    return export(house, tmp_path_factory.mktemp("online"), "online")
+
+
+@pytest.fixture(scope="module")
+def sets(house, online, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sets")
+    kinds = ("stored", "single", "learned", "hard")
+    return {"online": online} | {kind: export(house, folder / kind, kind) for kind in kinds}

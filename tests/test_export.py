@@ -27,7 +27,6 @@ from set_tools import (
     blocks,
     export,
     header_of,
-    make_house,
     pixels_of,
 )
 
@@ -44,33 +43,6 @@ from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.settings import NAMED_SETS
 from ltdd_scale.runtime import files
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Path:
-    return make_house(tmp_path_factory.mktemp("house"))
-
-
-@pytest.fixture(scope="module")
-def online(house, tmp_path_factory) -> Path:
-    """A set with online labels. Do not change it."""
-    return export(house, tmp_path_factory.mktemp("online"), "online")
-
-
-@pytest.fixture(scope="module")
-def sets(house, online, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sets")
-    kinds = ("stored", "single", "learned", "hard")
-    return {"online": online} | {kind: export(house, folder / kind, kind) for kind in kinds}
-
-
-@pytest.fixture
-def same_threads():
-    """`fit` takes all cores for itself; the tests after it do not."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
 
 # datasets
 

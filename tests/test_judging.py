@@ -424,14 +424,6 @@ def test_cost_of_students():
     assert small.memory > 0 and small.disk > 0
 
 
-@pytest.fixture
-def same_threads():
-    """`fit` takes all cores for itself; the tests after it do not."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def published(folder, house, kind: str, teacher: bool):
     """A distilled folder as publish writes it, with what fit reads of it."""
     from PIL import Image

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from set_tools import (
     config_of,
     export,
     header_of,
-    make_house,
     pixels_of,
     results_of,
 )
@@ -34,33 +32,6 @@ from ltdd_scale.publish import set as published
 from ltdd_scale.publish.encode import Encoding, decode
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.runtime import files
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Path:
-    return make_house(tmp_path_factory.mktemp("house"))
-
-
-@pytest.fixture(scope="module")
-def online(house, tmp_path_factory) -> Path:
-    """A set with online labels. Do not change it."""
-    return export(house, tmp_path_factory.mktemp("online"), "online")
-
-
-@pytest.fixture(scope="module")
-def sets(house, online, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sets")
-    kinds = ("stored", "single", "learned", "hard")
-    return {"online": online} | {kind: export(house, folder / kind, kind) for kind in kinds}
-
-
-@pytest.fixture
-def same_threads():
-    """`fit` takes all cores for itself; the tests after it do not."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
 
 # What is in it
 
