@@ -10,7 +10,7 @@ from one_stage import one_stage
 
 from ltdd_scale.config.root import Config
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import batches, cost, state, train
+from ltdd_scale.experts import batches, cost, recipes, state, train
 from ltdd_scale.experts.settings import Engine, Expert, Train
 from ltdd_scale.experts.stage import stage
 from ltdd_scale.models import flops
@@ -41,13 +41,40 @@ def test_labels_are_mixed_as_the_images_are():
         ones, zeros = torch.ones(5, 3, 32, 32), torch.zeros(5, 3, 32, 32)
         first = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
         second = torch.tensor([[0.0, 1.0]]).repeat(5, 1)
-        x, y = batches.mix([ones, ones, zeros, zeros], [first, second], rng(seed))
+        draw = recipes.Mix(rng(seed), 5, slice(0, 5))
+        x, y = recipes.two_views([[ones, ones], [zeros, zeros]], [first, second], draw)
         assert x.shape == (10, 3, 32, 32)
         assert torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5)
         assert torch.allclose(y.sum(1), torch.ones(10))
         assert len(torch.unique(x[0])) == 1 and len(torch.unique(x[5])) <= 2, (
             "MixUp blends, CutMix pastes"
         )
+
+
+def test_pasted_boxes_and_labels_do_not_depend_on_the_number_of_ranks():
+    ones, zeros = torch.ones(6, 3, 32, 32), torch.zeros(6, 3, 32, 32)
+    first, second = torch.tensor([[1.0, 0.0]]).repeat(6, 1), torch.tensor([[0.0, 1.0]]).repeat(6, 1)
+
+    def mixed(part):
+        draw, n = recipes.Mix(rng(3), 6, part), part.stop - part.start
+        return recipes.pasted([[ones[:n]], [zeros[:n]]], [first[:n], second[:n]], draw)
+
+    x, y = mixed(slice(0, 6))
+    assert torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5), "the share of the background"
+    assert torch.allclose(y.sum(1), torch.ones(6)) and len(torch.unique(y[:, 0])) == 6
+    halves = [mixed(part) for part in (slice(0, 3), slice(3, 6))]
+    assert torch.equal(torch.cat([h[0] for h in halves]), x)
+    assert torch.equal(torch.cat([h[1] for h in halves]), y)
+
+
+def test_the_prior_is_how_often_classes_are_shown():
+    counts = np.asarray([90, 9, 1])
+    assert np.allclose(recipes.prior(counts, (0.0,)), counts / 100)
+    assert np.allclose(recipes.prior(counts, (1.0,)), 1 / 3)
+    assert np.allclose(recipes.prior(counts, (0.0, 1.0)), (counts / 100 + 1 / 3) / 2)
+    own = Expert(recipe="balanced", prior=0.5)
+    log_prior = recipes.RECIPES["balanced"].objective(own, counts, CPU).log_prior
+    assert np.allclose(log_prior, 0.5 * np.log((counts / 100 + 1 / 3) / 2))
 
 
 class Held:
@@ -61,9 +88,22 @@ class Held:
             yield torch.from_numpy(indices).float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255
 
 
-def course(rank=0, world=1, views=2):
-    spec = train.ViewSpec(8, None, 1)
-    return batches.Course(Held(), spec, "s", 11, 0.2, views, Ranks(rank, world, CPU, None))
+MIXINGS = {
+    "glmc": recipes.Mixing((0.0, 0.2), 2, recipes.two_views),
+    "pasted": recipes.Mixing((0.0, 1.0), 1, recipes.pasted),
+    "both re-sampled": recipes.Mixing((0.5, 0.5), 1, recipes.pasted),
+    "unmixed": recipes.Mixing((0.0,), 1, recipes.unmixed),
+}
+
+
+def course(rank=0, world=1, mixing="glmc"):
+    spec, ranks = train.ViewSpec(8, None, 1), Ranks(rank, world, CPU, None)
+    return batches.Course(Held(), spec, "s", 11, MIXINGS[mixing], ranks)
+
+
+def test_streams_of_one_power_are_drawn_apart():
+    plans = batches.EpochPlans(course(mixing="both re-sampled"), 0, 0)
+    assert plans.chosen(0, 0).tolist() != plans.chosen(0, 1).tolist()
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -78,23 +118,24 @@ def test_ranks_see_the_parts_of_one_global_batch(world):
     assert not np.array_equal(whole[0][1].windows, whole[1][1].windows), "two views of the images"
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_a_training_that_is_cut_sees_the_same_batches(views):
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_training_that_is_cut_sees_the_same_batches(mixing):
     """3 steps an epoch, 3 epochs: from any step on, what follows is the same."""
     sizes = {"normalize": lambda x: x - 0.5, "num_classes": 2}
-    whole = list(batches.from_step(course(views=views), 0, 9, **sizes))
+    own, views = course(mixing=mixing), MIXINGS[mixing].views
+    whole = list(batches.from_step(own, 0, 9, **sizes))
     assert [b.step for b in whole] == list(range(9))
     assert [b.epoch for b in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert [b.ends_epoch for b in whole] == [False, False, True] * 3
     for begin in range(10):
-        rest = list(batches.from_step(course(views=views), begin, 9, **sizes))
+        rest = list(batches.from_step(own, begin, 9, **sizes))
         assert len(rest) == 9 - begin
         for ours, theirs in zip(rest, whole[begin:], strict=True):
             assert torch.equal(ours.x, theirs.x) and torch.equal(ours.y, theirs.y)
             assert ours.chosen.tolist() == theirs.chosen.tolist() and ours.step == theirs.step
     first = whole[0]
     assert first.x.shape == (11 * views, 3, 8, 8) and first.y.shape == (11 * views, 2)
-    if views == 1:
+    if mixing == "unmixed":
         shown = (first.x[:, 0, 0, 0] + 0.5) * 255
         assert np.allclose(shown, first.chosen, atol=1e-3)
         assert first.y.argmax(1).tolist() == Held.labels[first.chosen].tolist()
@@ -167,8 +208,10 @@ def test_cost_of_an_expert():
     net = ("convnet3", 8, "instance", 32)
     both = cost.cost(given("teacher", teacher=expert), facts)
     assert both.flops == 7 * 100 * 2 * 3 * flops.forward(*net)
-    plain = cost.cost(given("teacher", teacher=expert, train=Train(debias=False)), facts)
-    assert plain.flops == both.flops / 2
+    one_view = expert.model_copy(update={"recipe": "balanced", "optimizer": "adamw"})
+    plain = cost.cost(given("teacher", teacher=one_view), facts)
+    assert plain.flops == both.flops / 2 and plain.batch == both.batch / 2
+    assert plain.disk > 10 * 4 * flops.parameters(*net), "AdamW has two moments"
     micro = cost.cost(given("teacher", teacher=expert, train=Train(micro_batch=4)), facts)
     assert both.batch == 10 * 2 * flops.activations(*net) and both.activations == 0
     assert micro.activations == 4 * 2 * flops.activations(*net) and micro.batch == 0

@@ -19,9 +19,11 @@ from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.streamed import StreamedImages
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.batches import Course, EpochPlans
+from ltdd_scale.experts.recipes import Mixing, two_views
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 CPU = torch.device("cpu")
+TWO = Mixing((0.0, 0.2), 2, two_views)
 needs_dali = pytest.mark.skipif(
     not backend.dali_is_installed(), reason="nvidia-dali is not installed"
 )
@@ -217,7 +219,7 @@ def test_every_rank_and_every_resume_see_the_same_epoch(n, batch, world, data):
     cut = data.draw(st.integers(0, steps))
 
     def make(first, rank, world_size):
-        course = Course(images, spec, "s", batch, 0.2, 2, Ranks(rank, world_size, CPU, None))
+        course = Course(images, spec, "s", batch, TWO, Ranks(rank, world_size, CPU, None))
         return EpochPlans(course, 1, first)
 
     alone, parts = make(0, 0, 1), [make(0, r, world) for r in range(world)]
@@ -292,7 +294,7 @@ def test_training_goes_the_same_way_with_either_decoder(photographs, tmp_path):
     """What reaches the network is alike enough: mean pixels of an epoch's batches agree."""
     spec = ViewSpec(48, (0.3, 1.0))
     images, alone = StreamedImages(photographs, 48, CPU, 0), Ranks(0, 1, CPU, None)
-    todo = EpochPlans(Course(images, spec, "s", 8, 0.2, 2, alone), 0, 0)
+    todo = EpochPlans(Course(images, spec, "s", 8, TWO, alone), 0, 0)
     means = [
         [float(x.mean()) for x in kind.stream(todo, spec)]
         for kind in (

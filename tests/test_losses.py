@@ -55,13 +55,24 @@ def test_the_objective_weighs_its_terms():
     plain, rebalanced = torch.randn(6, 4), torch.randn(6, 4)
     z, p, y = torch.randn(6, 8), torch.randn(6, 8), torch.rand(6, 4).softmax(1)
     weights = torch.rand(4)
-    loss, biased, contrast = losses.Objective(True, 3.0, 0.5, weights)(
-        (plain, rebalanced, z, p), y, 0.4
-    )
+    objective = losses.Debiased(3.0, 0.5, weights)
+    loss, biased, contrast = objective((plain, rebalanced, z, p), y, 0.4)
     assert torch.equal(biased, losses.debias(plain, rebalanced, y, weights, 0.4))
     assert torch.equal(contrast, losses.robust(p, z))
     assert float(loss) == pytest.approx(float(6 * biased + contrast / 2))
-    without = losses.Objective(True, 3.0, 0.5, weights)((plain, rebalanced, None, None), y, 0.4)
+    without = objective((plain, rebalanced, None, None), y, 0.4)
     assert float(without[0]) == pytest.approx(float(6 * biased)) and without[2] == 0
-    alone = losses.Objective(False, 3.0, 0.5, weights)((plain, rebalanced, None, None), y, 0.4)
-    assert torch.equal(alone[0], losses.soft_cross_entropy(rebalanced, y)) and alone[2] == 0
+
+
+def test_a_balanced_softmax_takes_the_prior_out_of_the_logits():
+    """p(y|x) of training is ∝ π_y exp(z_y): with it, the loss is that of the definition."""
+    torch.manual_seed(0)
+    logits, y = torch.randn(6, 4), F.one_hot(torch.tensor([0, 1, 2, 3, 0, 0]), 4).float()
+    prior = torch.tensor([0.6, 0.2, 0.15, 0.05])
+    heads = (torch.randn(6, 4), logits, None, None)
+    loss, same, contrast = losses.Balanced(prior.log())(heads, y, 0.5)
+    weighed = prior * logits.exp()
+    expected = -(weighed / weighed.sum(1, keepdim=True))[y.bool()].log().mean()
+    assert torch.allclose(loss, expected) and torch.equal(loss, same) and contrast == 0
+    plain = losses.Balanced(torch.zeros(4))(heads, y, 0.5)[0]
+    assert torch.allclose(plain, F.cross_entropy(logits, y))

@@ -17,7 +17,7 @@ from ltdd_scale.data import augment, siamese
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
-from ltdd_scale.experts import batches, engine, losses, train
+from ltdd_scale.experts import batches, engine, recipes, train
 from ltdd_scale.experts.settings import Engine, Expert
 from ltdd_scale.judging import training
 from ltdd_scale.judging.settings import Training
@@ -233,16 +233,19 @@ def test_a_student(kind, topk, optimizer, cutmix):
     assert all(p.device == GPU for p in work.average.parameters())
 
 
-@pytest.mark.parametrize("debias", [True, False])
-def test_an_expert(debias, tmp_path):
-    own = Expert(net="convnet3", width=4, epochs=2, batch_size=6, randaugment=2, crop_padding=1)
+@pytest.mark.parametrize(
+    "own", [{"recipe": "glmc"}, {"recipe": "balanced"}, {"recipe": "balanced", "cutmix": False}]
+)
+def test_an_expert(own, tmp_path):
+    shape = {"net": "convnet3", "width": 4, "epochs": 2, "batch_size": 6, "crop_padding": 1}
+    own = Expert(**shape, randaugment=2, **own)
+    recipe = recipes.RECIPES[own.recipe]
     images, spec = held(), ViewSpec(SIZE, None, 1, True, 2)
-    course = batches.Course(images, spec, "s", 6, 0.2, 2 if debias else 1, ALONE)
-    setup = engine.Setup(own, Engine(debias=debias, clip=1.0), micro_batches=2)
-    model = expert(projection=8 if debias else 0)
+    course = batches.Course(images, spec, "s", 6, recipe.mixing(own), ALONE)
+    setup = engine.Setup(own, Engine(clip=1.0), micro_batches=2)
+    model = expert(projection=8 if recipe.projection(own) else 0)
     trainer = engine.make(train._Heads(model), setup, ALONE, Checkpoints(tmp_path, "me", 1e9))
-    weights = torch.ones(CLASSES, device=GPU)
-    step = train.Step(trainer, losses.Objective(debias, 1.0, 1.0, weights), setup, course)
+    step = train.Step(trainer, recipe.objective(own, images.counts, GPU), setup, course)
     normalize = normal()
     with Watching() as watching:
         for batch in batches.from_step(course, 0, 2, normalize, CLASSES):

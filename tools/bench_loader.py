@@ -35,10 +35,12 @@ from ltdd_scale.data.loader import stream_images
 from ltdd_scale.data.settings import Data, Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.experts.batches import Course, EpochPlans
+from ltdd_scale.experts.recipes import Mixing, unmixed
 from ltdd_scale.runtime.ranks import Ranks
 
 BATCH, SIDE = 64, 224
 CPU = torch.device("cpu")
+ONE = Mixing((0.0,), 1, unmixed)
 
 
 def make_set(jpegs: Path, folder: Path, num_images: int) -> None:
@@ -73,7 +75,7 @@ def ours(folder: Path, loader: str, cores: int, start: float = 0.0):
     split = ShardSplit(folder / "shards", "train")
     seen = Seen(resolution=SIDE, loader=loader, memory_gb=0)
     images, spec = stream_images(split, seen, CPU, cores), ViewSpec(SIDE, (0.08, 1.0))
-    course = Course(images, spec, "bench", BATCH, 0.0, 1, Ranks(0, 1, CPU, None))
+    course = Course(images, spec, "bench", BATCH, ONE, Ranks(0, 1, CPU, None))
     return images.stream(EpochPlans(course, 0, int(start * course.steps)), spec)
 
 

@@ -37,7 +37,7 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import Normalize, normalizer
 from ltdd_scale.experts import batches, engine, train
-from ltdd_scale.experts.losses import Objective, class_weights
+from ltdd_scale.experts.recipes import RECIPES
 from ltdd_scale.experts.trajectories import descent, orders
 from ltdd_scale.launch import sweep
 from ltdd_scale.launch.parts import part_of
@@ -141,14 +141,14 @@ def of_expert(role: str, config: Any, bench: Bench) -> Unit:
         engine.Setup(expert, settings.train),
     )
     trainer = engine.make(train._Heads(model), setup, ranks, bench.context.checkpoints())
-    weights = class_weights(np.asarray(bench.facts.counts), expert.reweight_power).to(ranks.device)
+    recipe = RECIPES[expert.recipe]
     spec = ViewSpec(seen.resolution, None, expert.crop_padding, seen.mirror)
-    how = (bench.images, spec, "bench", expert.batch_size, expert.resample_power)
-    course = batches.Course(*how, views=2, ranks=ranks)
-    loss = Objective(True, expert.debias, expert.contrast, weights)
+    how = (bench.images, spec, "bench", expert.batch_size, recipe.mixing(expert))
+    course = batches.Course(*how, ranks=ranks)
+    loss = recipe.objective(expert, np.asarray(bench.facts.counts), ranks.device)
     step, end = train.Step(trainer, loss, setup, course), course.steps * expert.epochs
     stream = batches.from_step(course, 0, end, bench.normalize, classes)
-    name = f"{role}: a step ({expert.net}, batch {expert.batch_size} twice)"
+    name = f"{role}: a step ({expert.net}, batch {expert.batch_size})"
     return Unit(name, lambda: step(next(stream)))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltdd_scale.data import augment, sampling
+from ltdd_scale.data import sampling
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images, Plan
+from ltdd_scale.experts.recipes import Mix, Mixing
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 
@@ -20,16 +21,15 @@ from ltdd_scale.runtime.ranks import Ranks, rng
 class Course:
     """Which images an expert sees, in which order, and how they are augmented.
 
-    `views` is 2 for a debiased expert: each step then has a uniform and a re-sampled batch, each
-    seen twice. Else it is 1: the uniform batch, seen once.
+    `mixing` says which streams of images there are, how often each image is seen, and how they
+    become what the network is shown.
     """
 
     images: Images
     spec: ViewSpec
     seed: str
     batch_size: int  # of all ranks together
-    resample_power: float
-    views: int
+    mixing: Mixing
     ranks: Ranks
 
     @property
@@ -44,29 +44,27 @@ class Course:
 
 
 class EpochPlans(Sequence):
-    """The rest of an epoch, from step `first`: for each step `views`² plans of this rank's part of
-    the global batch.
+    """The rest of an epoch, from step `first`: for each step the plans of this rank's part of the
+    global batch, one for each stream and each of its views.
 
-    The uniform stream comes first, then (with 2 views) the re-sampled one; each is seen `views`
-    times. Views are drawn when a plan is asked for, from (seed, epoch, step, stream, copy) alone:
-    by whoever decodes it, and starting late costs nothing.
+    Views are drawn when a plan is asked for, from (seed, epoch, step, stream, copy) alone: by
+    whoever decodes it, and starting late costs nothing.
     """
 
     def __init__(self, course: Course, epoch: int, first: int):
         images, seed = course.images, course.seed
         self.batch_size, self.spec, self.sizes = course.batch_size, course.spec, images.sizes
         self.seed, self.epoch, self.first, self.steps = seed, epoch, first, course.steps
-        self.views, self.part = course.views, course.part
-        count = len(images.labels)
-        self.orders = [sampling.uniform(count, seed, epoch)]
-        if course.views > 1:
-            power = course.resample_power
-            self.orders.append(
-                sampling.resampled(images.labels, images.counts, power, count, seed, epoch)
-            )
+        self.views, self.part = course.mixing.views, course.part
+        self.orders = [
+            _order(images, power, f"{seed}{' first' if k == 0 else ''}", epoch)
+            if power
+            else sampling.uniform(len(images.labels), seed, epoch)
+            for k, power in enumerate(course.mixing.powers)
+        ]
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * self.views**2
+        return (self.steps - self.first) * len(self.orders) * self.views
 
     def chosen(self, step: int, stream: int) -> np.ndarray:
         """The global batch of the epoch's `step`, indices [batch_size]."""
@@ -75,12 +73,18 @@ class EpochPlans(Sequence):
     def __getitem__(self, k: int) -> Plan:  # ty: ignore[incompatible-method-override]
         if not 0 <= k < len(self):
             raise IndexError(k)
-        step = self.first + k // self.views**2
-        stream, copy = divmod(k % self.views**2, self.views)
+        after, of_step = divmod(k, len(self.orders) * self.views)
+        step = self.first + after
+        stream, copy = divmod(of_step, self.views)
         chosen = self.chosen(step, stream)
         generator = rng(self.seed, "views", self.epoch, step, stream, copy)
         views = self.spec.draw(generator, self.sizes[chosen])
         return chosen[self.part], views[self.part]
+
+
+def _order(images: Images, power: float, seed: str, epoch: int) -> np.ndarray:
+    count = len(images.labels)
+    return sampling.resampled(images.labels, images.counts, power, count, seed, epoch)
 
 
 @dataclass(frozen=True)
@@ -105,44 +109,22 @@ def from_step(
 ) -> Iterator[Batch]:
     """The batches of the steps `begin` … `end` − 1 of the whole training."""
     step, steps, device = begin, course.steps, course.ranks.device
-    every = torch.arange(num_classes, device=device)
+    mixing, every = course.mixing, torch.arange(num_classes, device=device)
+    streams = range(len(mixing.powers))
     while step < end:
         epoch, first = divmod(step, steps)
         plans = EpochPlans(course, epoch, first)
         stream = course.images.stream(plans, course.spec)
         for k in range(first, steps):
-            images = [normalize(next(stream)) for _ in range(course.views**2)]
-            chosen = [plans.chosen(k, s)[course.part] for s in range(course.views)]
+            images = [[normalize(next(stream)) for _ in range(mixing.views)] for _ in streams]
+            chosen = [plans.chosen(k, s)[course.part] for s in streams]
             seen = [torch.from_numpy(course.images.labels[c]) for c in chosen]
             classes = [c.to(device, non_blocking=True) for c in seen]
             labels = [(c[:, None] == every).float() for c in classes]
-            x, y = images[0], labels[0]
-            if course.views > 1:
-                x, y = mix(images, labels, rng(course.seed, "mix", epoch, k))
+            draw = Mix(rng(course.seed, "mix", epoch, k), course.batch_size, course.part)
+            x, y = mixing.mix(images, labels, draw)
             yield Batch(step, epoch, k == steps - 1, x, y, np.concatenate(chosen))
             step += 1
-
-
-def mix(
-    images: list[Tensor], labels: list[Tensor], generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """View 1: MixUp of uniform and re-sampled images. View 2: CutMix of their second views.
-    λ ~ Beta(1, 1), one a step as in GLMC.
-
-    `images` are uniform, uniform again, re-sampled, re-sampled again, float [n, 3, R, R]; `labels`
-    one-hot [n, C] of the two streams. Returns [2n, 3, R, R] and [2n, C], view 1 first.
-    """
-    uniform1, uniform2, other1, other2 = images
-    mixed = float(generator.random())
-    boxes, lam = augment.cutmix_boxes(generator, 1, uniform2.shape[-1])
-    x = torch.cat(
-        [
-            mixed * uniform1 + (1 - mixed) * other1,
-            augment.paste(uniform2, other2, boxes.repeat(len(uniform2), 0)),
-        ]
-    )
-    y = [share * labels[0] + (1 - share) * labels[1] for share in (mixed, float(lam[0]))]
-    return x, torch.cat(y)
 
 
 def micro_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltdd_scale.experts.train import PROJECTION
+from ltdd_scale.experts.recipes import RECIPES
 from ltdd_scale.models import flops, registry
 from ltdd_scale.stage import Cost, Facts, Given
 
@@ -12,32 +12,34 @@ CHECKPOINTS = 3  # on the disk at once: two that stay, and the one that is being
 def cost(settings: Given, facts: Facts) -> Cost:
     """FLOPs of all epochs, memory, disk.
 
-    Memory of a rank: weights, gradients and momentum, and the decoded set where it is held in
-    memory. The activations of a batch in float32 are shared out over ranks, unless each rank has
-    its micro-batch. Raises `UserError` for a net that cannot take the images.
+    Memory of a rank: weights, gradients and the optimizer's moments, and the decoded set where it
+    is held in memory. The activations of a batch in float32 are shared out over ranks, unless each
+    rank has its micro-batch. Raises `UserError` for a net that cannot take the images.
     """
     expert, seen, train = settings.expert, settings.images, settings.train
     net = (expert.net, expert.width, expert.norm, seen.resolution)
-    views = 2 if train.debias else 1
+    views = RECIPES[expert.recipe].mixing(expert).views
     passes = expert.epochs * facts.num_images * views
     one = views * flops.activations(*net)
     micro = min(train.micro_batch, expert.batch_size)
     parameters, buffers = _numbers(settings, facts.num_classes)
     held = facts.num_images * 3 * seen.resolution**2
-    memory = flops.FLOAT * 3 * parameters
+    moments = 2 if expert.optimizer == "adamw" else 1
+    memory = flops.FLOAT * (2 + moments) * parameters
     return Cost(
         flops=passes * flops.forward(*net) * (1 + flops.BACKWARD),
         memory=memory + (held if held <= seen.memory_gb * 2**30 else 0),
         activations=micro * one,
         batch=0.0 if micro else expert.batch_size * one,
-        disk=flops.FLOAT * (parameters + buffers + CHECKPOINTS * (2 * parameters + buffers)),
+        disk=flops.FLOAT
+        * (parameters + buffers + CHECKPOINTS * ((1 + moments) * parameters + buffers)),
     )
 
 
 def _numbers(settings: Given, num_classes: int) -> tuple[int, int]:
     """How many numbers are parameters, and how many buffers, of the expert with its heads."""
     expert, size = settings.expert, settings.images.resolution
-    projection = PROJECTION if settings.train.debias and expert.contrast else 0
+    projection = RECIPES[expert.recipe].projection(expert)
     with registry.on_meta(expert.net):
         features = registry.backbone(expert.net, expert.width, expert.norm, size)
         model = registry.TwoHeads(features, num_classes, projection)

@@ -84,14 +84,14 @@ def make(training: nn.Module, setup: Setup, ranks: Ranks, checkpoints: Checkpoin
     return made(training, setup, ranks, checkpoints)
 
 
-def sgd(model: nn.Module, expert: Expert, device: torch.device) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=expert.lr,
-        momentum=expert.momentum,
-        weight_decay=expert.weight_decay,
-        fused=device.type == "cuda" or None,
-    )
+def optimizer_of(model: nn.Module, expert: Expert, device: torch.device) -> torch.optim.Optimizer:
+    """SGD or AdamW, in one kernel where `device` is a GPU."""
+    parameters, fused = model.parameters(), device.type == "cuda" or None
+    lr, decay = expert.lr, expert.weight_decay
+    if expert.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=fused)
+    momentum = expert.momentum
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=decay, fused=fused)
 
 
 class DDPEngine:
@@ -100,7 +100,8 @@ class DDPEngine:
     def __init__(self, training: nn.Module, setup: Setup, ranks: Ranks, checkpoints: Checkpoints):
         self.ranks, self.clip = ranks, setup.train.clip
         self.checkpoints, self.folder = checkpoints, checkpoints.folder
-        self.inner, self.optimizer = training, sgd(training, setup.expert, ranks.device)
+        self.inner = training
+        self.optimizer = optimizer_of(training, setup.expert, ranks.device)
         module: Any = torch.compile(training) if setup.train.compile else training
         if ranks.world_size > 1:
             module = ranks.parallel(module, find_unused_parameters=setup.unused)
@@ -174,7 +175,7 @@ class DeepSpeedEngine:
         with _local_rank(ranks.device.index or 0 if gpu else place.here().local_rank):
             made = deepspeed.initialize(
                 model=training,
-                optimizer=sgd(training, setup.expert, ranks.device),
+                optimizer=optimizer_of(training, setup.expert, ranks.device),
                 config=_options(setup, ranks),
                 dist_init_required=False,
             )

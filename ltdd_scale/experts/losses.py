@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,31 +53,46 @@ def debias(
     )
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What an expert minimises: γ2 · 2 L_debias + γ1 · L_robust, or the plain cross-entropy of
-    `fc_cb` where it is not `debiased`.
-
-    `debias` is γ2, `contrast` γ1, `weights` are those of the classes, float32 [C].
-    """
-
-    debiased: bool
-    debias: float
-    contrast: float
-    weights: Tensor
+class Objective(Protocol):
+    """What an expert minimises."""
 
     def __call__(self, heads: Heads, targets: Tensor, progress: float) -> Tensor:
         """(loss, its debiasing term, its robust term), float32 [3], of a batch or a part of one.
 
         `heads` is what `TwoHeads.heads` gives, `targets` float [n, C], `progress` t/T.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Debiased:
+    """GLMC: γ2 · 2 L_debias + γ1 · L_robust. `debias` is γ2, `contrast` γ1, `weights` are those of
+    the classes, float32 [C]."""
+
+    debias: float
+    contrast: float
+    weights: Tensor
+
+    def __call__(self, heads: Heads, targets: Tensor, progress: float) -> Tensor:
         plain, rebalanced = heads[0].float(), heads[1].float()
         z, p = (None if o is None else o.float() for o in heads[2:])
-        zero = torch.zeros((), device=targets.device)
-        if not self.debiased:
-            loss = soft_cross_entropy(rebalanced, targets)
-            return torch.stack([loss, loss, zero])
         biased = debias(plain, rebalanced, targets, self.weights, progress)
+        zero = torch.zeros((), device=targets.device)
         contrast = zero if z is None or p is None else robust(p, z)
         # Both views: a mean over 2n rows is half of GLMC's sum over the two views.
         return torch.stack([2 * self.debias * biased + self.contrast * contrast, biased, contrast])
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Balanced softmax: the cross-entropy of `fc_cb`'s logits + τ log π, π how often each class is
+    shown (Ren et al., NeurIPS 2020, eq. 3). After training the logits need no adjustment.
+
+    `log_prior` is τ log π, float32 [C]; of zeros it is the plain cross-entropy.
+    """
+
+    log_prior: Tensor
+
+    def __call__(self, heads: Heads, targets: Tensor, progress: float) -> Tensor:
+        loss = soft_cross_entropy(heads[1].float() + self.log_prior, targets)
+        return torch.stack([loss, loss, torch.zeros_like(loss)])

@@ -8,7 +8,13 @@ from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, op
 
 
 class Expert(Settings):
-    """Training of the observer or the teacher (GLMC-style, RLDD §Debiased experts)."""
+    """Training of the observer or the teacher."""
+
+    recipe: Literal["glmc", "balanced"] = option(
+        "glmc",
+        "glmc: two heads, two views of two streams, as published (RLDD §Debiased experts); "
+        "balanced: one head and one view, balanced softmax with CutMix of a re-sampled stream",
+    )
 
     net: Text = option(
         "convnet3",
@@ -21,17 +27,30 @@ class Expert(Settings):
     )
     epochs: Whole = option(200, "passes over the uniform stream", low=1)
     batch_size: Whole = option(64, "global batch: the same on any number of ranks", low=2)
-    lr: Number = option(0.01, "peak learning rate of SGD", low=0)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
+    lr: Number = option(0.01, "peak learning rate", low=0)
     momentum: Number = option(0.9, "SGD momentum", low=0, high=1)
-    weight_decay: Number = option(5e-3, "SGD weight decay", low=0)
+    weight_decay: Number = option(5e-3, "weight decay", low=0)
     warmup_epochs: Whole = option(0, "linear warm-up before the cosine", low=0)
     reweight_power: Number = option(
-        0.8, "q in the class weights w_k ∝ r_k^(−q) of the rebalanced head", low=0
+        0.8, "glmc: q in the class weights w_k ∝ r_k^(−q) of the rebalanced head; 0: none", low=0
     )
-    contrast: Number = option(1.0, "γ1, weight of L_robust; 0 switches it off", low=0)
-    debias: Number = option(1.0, "γ2, weight of L_debias", low=0)
+    contrast: Number = option(1.0, "glmc: γ1, weight of L_robust; 0 switches it off", low=0)
+    debias: Number = option(1.0, "glmc: γ2, weight of L_debias", low=0)
     resample_power: Number = option(
-        0.2, "per-image weight n_c^(−power) of the re-sampled stream", low=0
+        0.2, "glmc: per-image weight n_c^(−power) of the re-sampled stream; 0: uniform", low=0
+    )
+    prior: Number = option(
+        1.0,
+        "balanced: τ of the log prior that training adds to the logits; 0: plain cross-entropy",
+        low=0,
+    )
+    sample_power: Number = option(
+        0.0, "balanced: per-image weight n_c^(−power) of the images; 1: class-balanced", low=0
+    )
+    cutmix: Switch = option(True, "balanced: CutMix of a second stream into the images")
+    paste_power: Number = option(
+        1.0, "balanced: per-image weight n_c^(−power) of what CutMix pastes; 0: uniform", low=0
     )
     crop_scale: Areas = option([], "area range of RandomResizedCrop; empty: none")
     crop_padding: Whole = option(
@@ -41,14 +60,18 @@ class Expert(Settings):
     magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
 
 
+# Settings that one recipe reads and the other does not.
+OF_RECIPE = {
+    "glmc": ("reweight_power", "contrast", "debias", "resample_power"),
+    "balanced": ("prior", "sample_power", "cutmix", "paste_power"),
+}
+
+
 class Engine(Settings):
     """How experts are trained, whatever their network."""
 
     engine: Literal["ddp", "deepspeed"] = option(
         "ddp", "ddp: DistributedDataParallel; deepspeed: ZeRO"
-    )
-    debias: Switch = option(
-        True, "debiased experts; false: plain cross-entropy on the uniform stream"
     )
     micro_batch: Whole = option(
         0,

@@ -19,15 +19,14 @@ from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import batches, engine, state
 from ltdd_scale.experts.batches import Batch, Course
-from ltdd_scale.experts.losses import Objective, class_weights
+from ltdd_scale.experts.losses import Objective
+from ltdd_scale.experts.recipes import RECIPES
 from ltdd_scale.experts.settings import Expert
 from ltdd_scale.models import flops, frozen, registry, syncbn
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, torch_seed
 from ltdd_scale.stage import Given
-
-PROJECTION = 256  # width of SimSiam's projector
 
 
 def check(settings: Given) -> None:
@@ -56,7 +55,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     model, total = build(settings, num_classes, ranks), course.steps * expert.epochs
     setup = _setup(settings, ranks)
     trainer = engine.make(_Heads(model), setup, ranks, context.checkpoints())
-    step = Step(trainer, _objective(settings, split, ranks), setup, course)
+    objective = RECIPES[expert.recipe].objective(expert, split.counts, ranks.device)
+    step = Step(trainer, objective, setup, course)
     history, watch = state.History(ranks.device), state.Watch(role, split.names, trainer)
     begin = state.resume(trainer, model, history, ranks)
     if begin:
@@ -95,7 +95,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
 def build(settings: Given, num_classes: int, ranks: Ranks) -> registry.TwoHeads:
     """The expert with its initial weights, which depend on role and seed alone."""
     expert, size = settings.expert, settings.images.resolution
-    projection = PROJECTION if settings.train.debias and expert.contrast else 0
+    projection = RECIPES[expert.recipe].projection(expert)
 
     def make() -> registry.TwoHeads:
         features = registry.backbone(expert.net, expert.width, expert.norm, size)
@@ -127,7 +127,8 @@ class Step:
         torch.manual_seed(torch_seed(course.seed, "dropout", batch.step, ranks.rank))
         losses = torch.zeros(3, device=ranks.device)
         x = frozen.channels_last(batch.x)
-        cut = batches.micro_batches(x, batch.y, course.views, self.setup.micro_batches)
+        views = course.mixing.views
+        cut = batches.micro_batches(x, batch.y, views, self.setup.micro_batches)
         for number, (images, labels, part) in enumerate(cut, 1):
             last = number == len(cut)
             heads = self.trainer.forward(images, last)
@@ -147,37 +148,51 @@ def learning_rate(expert: Expert, position: float) -> float:
 
 
 @torch.no_grad()
-def accuracy(
+def hits(
     model: nn.Module,
     split: ShardSplit,
     seen: Seen,
     normalize: Callable[[Tensor], Tensor],
     context: Context,
     batch: int = 256,
-) -> float:
-    """Top-1 in per cent of a split, every image once, shared over ranks."""
+) -> np.ndarray:
+    """Images and right predictions of each class of a split, int64 [2, C]; every image once, shared
+    over ranks."""
     ranks = context.ranks
     mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world_size)]
     # One pass: each rank decodes its own part only.
     images = stream_images(split, seen, ranks.device, context.workers)
     plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
-    right = 0
+    found = np.zeros((2, len(split.classes)), np.int64)
     shown = images.stream(plans, ViewSpec(seen.resolution))
     for (indices, _), x in zip(plans, shown, strict=True):
         signals.check()
         predicted = frozen.forward(model, normalize(x), ranks).argmax(1).cpu().numpy()
-        right += int((predicted == split.labels[indices]).sum())
-    return 100 * sum(ranks.gather(right)) / len(split)
+        labels = split.labels[indices]
+        np.add.at(found[0], labels, 1)
+        np.add.at(found[1], labels[predicted == labels], 1)
+    return np.sum(ranks.gather(found), axis=0)
 
 
 def _judge(model, split: ShardSplit, settings: Given, normalize, context: Context) -> dict:
-    """Accuracy on the validation images, where the set has some."""
+    """Accuracy on the validation images, where the set has some, in per cent: of all, and the mean
+    and the spread over classes."""
     if "val" not in split.manifest["splits"]:
         return {}
     held = ShardSplit(context.input("shard"), "val")
-    top1 = round(accuracy(model, held, settings.images, normalize, context), 2)
-    context.say(f"{settings.role}: {top1:.1f} % on validation images")
-    return {"val_top1": top1}
+    images, right = hits(model, held, settings.images, normalize, context)
+    each = 100 * right[images > 0] / images[images > 0]
+    found = {
+        "val_top1": 100 * right.sum() / images.sum(),
+        "val_balanced": each.mean(),
+        "val_class_std": each.std(),
+    }
+    found = {name: round(float(value), 2) for name, value in found.items()}
+    context.say(
+        f"{settings.role}: {found['val_balanced']:.1f} % of the validation images, "
+        f"spread over classes {found['val_class_std']:.1f}"
+    )
+    return found
 
 
 class _Heads(nn.Module):
@@ -227,16 +242,9 @@ def _course(settings: Given, split: ShardSplit, context: Context) -> Course:
         spec=spec,
         seed=_seed(settings),
         batch_size=expert.batch_size,
-        resample_power=expert.resample_power,
-        views=2 if settings.train.debias else 1,
+        mixing=RECIPES[expert.recipe].mixing(expert),
         ranks=ranks,
     )
-
-
-def _objective(settings: Given, split: ShardSplit, ranks: Ranks) -> Objective:
-    expert = settings.expert
-    weights = class_weights(split.counts, expert.reweight_power).to(ranks.device)
-    return Objective(settings.train.debias, expert.debias, expert.contrast, weights)
 
 
 def _setup(settings: Given, ranks: Ranks) -> engine.Setup:
@@ -249,5 +257,5 @@ def _setup(settings: Given, ranks: Ranks) -> engine.Setup:
     # After its first step DDP lays its buckets out anew, unless it looks for unused parameters.
     # With three or more ranks the order of additions depends on the layout, and a resumed run
     # would start with the first layout again.
-    unused = not train.debias or expert.debias == 0 or ranks.world_size > 2
+    unused = expert.recipe != "glmc" or expert.debias == 0 or ranks.world_size > 2
     return engine.Setup(expert, train, unused, number, settings.deepspeed)
