@@ -58,7 +58,8 @@ def test_numbers_that_yaml_reads_as_strings_are_floats(tmp_path):
         ("evaluate: {matrix_labels: []}", ["evaluate.matrix_labels", "evaluate.matrix=false"]),
         ("relabel: {labels: learned}", ["relabel.labels=learned", "method=rldd", "stored"]),
         ("{relabel: {labels: learned}, method: dm}", ["method=dm learns no labels"]),
-        ("strategies: {debias: false}", ["strategies.debias is called train.debias now"]),
+        ("train: {debias: false}", ["train.debias is called observer.reweight_power and"]),
+        ("initialize: {confident: false}", ["initialize.confident is called initialize.select"]),
     ],
 )
 def test_a_wrong_config_names_the_key(tmp_path, text, words):
@@ -134,3 +135,33 @@ def test_a_section_keeps_its_own_defaults(tmp_path):
     """The observer's norm is batch, whatever else of it is set."""
     c = load.load(write(tmp_path, "observer: {epochs: 3}\n"))
     assert (c.observer.norm, c.teacher.norm, c.observer.epochs) == ("batch", "instance", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("relabel: {labels: hard, class_share: 0.1}", "relabel.class_share"),
+        ("relabel: {labels: hard, views: 2}", "relabel.views"),
+        ("{relabel: {labels: hard}, evaluate: {soft_loss: kl}}", "evaluate.soft_loss"),
+        ("{relabel: {labels: hard}, evaluate: {order: soft_hard_soft}}", "evaluate.order"),
+        ("evaluate: {temperature: 4}", "evaluate.temperature"),
+        ("evaluate: {order: soft_hard_soft, kappa_ce: 1}", "evaluate.kappa_ce"),
+    ],
+)
+def test_soft_labels_settings_without_effect_are_said(tmp_path, text, key):
+    (said,) = check(load.load(write(tmp_path, text)))
+    assert said.startswith(f"{key} has no effect with ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "relabel: {labels: single, class_share: 0.1, views: 4}",
+        "relabel: {labels: online, class_share: 0.1, views: 4}",  # single ones are beside them
+        "{relabel: {labels: hard, views: 2, class_share: 0.1}, evaluate: {matrix: true}}",
+        "evaluate: {soft_loss: kl, temperature: 4, order: soft_hard_soft}",
+        "{relabel: {labels: hard}, evaluate: {matrix: true, soft_loss: kl}}",
+    ],
+)
+def test_soft_labels_settings_with_effect_are_not(tmp_path, text):
+    assert check(load.load(write(tmp_path, text))) == []

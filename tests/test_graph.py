@@ -57,7 +57,7 @@ def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
     }
     assert differ(base, nodes(tmp_path, "data.split_seed=1")) == set(graph_names(base))
     assert differ(base, nodes(tmp_path, "runtime.threads=2", "runtime.workers=1")) == set()
-    assert differ(base, nodes(tmp_path, "train.debias=false")) == set(graph_names(base)) - {"shard"}
+    assert differ(base, nodes(tmp_path, "train.clip=1")) == set(graph_names(base)) - {"shard"}
     assert differ(base, nodes(tmp_path, "calibrate.fair=false")) == {
         "calibrate",
         "recover",
@@ -65,7 +65,7 @@ def test_a_setting_changes_what_reads_it_and_what_follows(tmp_path):
         "embedding",
         "evaluate",
     }
-    assert differ(base, nodes(tmp_path, "initialize.confident=false")) == {
+    assert differ(base, nodes(tmp_path, "initialize.select=random")) == {
         "initialize",
         "recover",
         "relabel",
@@ -189,7 +189,7 @@ def test_a_stage_cannot_read_what_is_not_hashed(tmp_path):
 def test_labels_that_need_no_teacher_train_none(tmp_path):
     """With hard labels only the method itself may ask for experts."""
     found = nodes(
-        tmp_path, "relabel.labels=hard", "initialize.confident=false", "recover.teacher_ce=0"
+        tmp_path, "relabel.labels=hard", "initialize.select=random", "recover.teacher_ce=0"
     )
     assert "teacher" not in found and "observer" in found
     found = nodes(tmp_path, "relabel.labels=hard")

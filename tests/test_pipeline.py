@@ -108,7 +108,7 @@ WAYS = [
     [
         "relabel.labels=hard",
         "recover.iterations=0",
-        "initialize.confident=false",
+        "initialize.select=random",
         "recover.teacher_ce=0",
         "evaluate.nets=[convnet3,resnet32]",
         "data.memory_gb=0",

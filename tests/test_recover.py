@@ -337,7 +337,7 @@ def test_costs_grow_with_the_work():
     off = costs(
         rldd_tools.config(
             calibrate=Calibrate(fair=False),
-            initialize=Initialize(confident=False),
+            initialize=Initialize(select="random"),
             recover=Recover(teacher_ce=0.0),
         )
     )

@@ -93,14 +93,18 @@ def test_the_ablation_switches_each_strategy_off():
     found = sweep.load(ROOT / "configs" / "sweeps" / "ablation.yaml")
     good, _ = found.load_points(["data.path=/somewhere"])
     off = {
-        name: (config.train.debias, config.calibrate.fair, config.initialize.confident)
+        name: (
+            config.observer.reweight_power > 0 and config.teacher.resample_power > 0,
+            config.calibrate.fair,
+            config.initialize.select,
+        )
         for name, config in good.items()
     }
     assert off == {
-        "full": (True, True, True),
-        "no-debiasing": (False, True, True),
-        "no-calibration": (True, False, True),
-        "no-confident-init": (True, True, False),
+        "full": (True, True, "confident"),
+        "no-debiasing": (False, True, "confident"),
+        "no-calibration": (True, False, "confident"),
+        "no-confident-init": (True, True, "random"),
     }
 
 
@@ -276,7 +280,7 @@ def test_what_the_set_of_a_point_took(finished, tmp_path):
         assert took[part].devices == (records[0]["device"],)
     # With labels of the teacher, but a method that does not read it, the teacher is not its cost.
     other = campaign_of(
-        run, config, "initialize.confident=false", "recover.teacher_ce=0", "recover.ce=1"
+        run, config, "initialize.select=random", "recover.teacher_ce=0", "recover.ce=1"
     )
     assert "teacher" in other.points[0].nodes
     left = parts.spent(other.points[0], one.store)
@@ -298,7 +302,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     text = (
         "config: tiny.yaml\nset: {relabel.labels: single}\npoints:\n  - {name: a, ipc: 1}\n"
         "  - {name: broken, ipc: 2, evaluate.lr: 1.0e+30}\n"
-        "  - {name: c, ipc: 4, initialize.confident: false}\n"
+        "  - {name: c, ipc: 4, initialize.select: random}\n"
     )
     (tmp_path / "s.yaml").write_text(text)
     where = ["--out", tmp_path / "s", "--store", tmp_path / "store"]

@@ -8,11 +8,12 @@ from pydantic import Field, create_model
 
 from ltdd_scale.data.settings import Chosen, Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Expert, Train
+from ltdd_scale.experts.settings import OF_RECIPE, Expert, Train
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
+from ltdd_scale.judging import choose
 from ltdd_scale.judging.catalog import PROTOCOLS
-from ltdd_scale.judging.settings import Evaluate
-from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.judging.settings import Choose, Evaluate
+from ltdd_scale.labels.catalog import KINDS, SINGLE
 from ltdd_scale.labels.settings import Relabel
 from ltdd_scale.methods.catalog import METHODS
 from ltdd_scale.publish.settings import Publish
@@ -36,6 +37,7 @@ class _Common(Settings):
 
 class _Above(Settings):
     relabel: Relabel = Relabel()
+    choose: Choose = Choose()
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()
     runtime: Runtime = Runtime()
@@ -68,6 +70,7 @@ def check(config: Any) -> list[str]:
     _check_data(config, warnings)
     _check_whitening(config, warnings)
     _check_publish(config, warnings)
+    choose.check(config)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if not config.evaluate.nets:
@@ -87,8 +90,12 @@ def check(config: Any) -> list[str]:
             warnings.append(f"{role}.crop_padding has no effect beside {role}.crop_scale")
         if not expert.net.startswith("convnet") and expert.width != Expert().width:
             warnings.append(f"{role}.width has no effect on {expert.net}")
-        if not config.train.debias and expert.contrast != 1.0:
-            warnings.append(f"{role}.contrast has no effect with train.debias=false")
+        others = OF_RECIPE["balanced" if expert.recipe == "glmc" else "glmc"]
+        warnings += [
+            f"{role}.{name} has no effect with {role}.recipe={expert.recipe}"
+            for name in others
+            if getattr(expert, name) != getattr(Expert(), name)
+        ]
     return warnings
 
 
@@ -121,6 +128,30 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
     stored = kind == "stored" or (config.evaluate.matrix and "stored" in matrix)
     if config.relabel.topk and not stored:
         warnings.append(f"relabel.topk has no effect with relabel.labels={kind}")
+    used = [KINDS[name] for name in (kind, *(matrix if config.evaluate.matrix else []))]
+    soft = any(other.teacher for other in used)
+    # Labels of views have single ones beside them.
+    single = KINDS[kind].of_views or any(other.name == SINGLE for other in used)
+    if config.relabel.views > 1 and not single:
+        warnings.append(f"relabel.views has no effect with relabel.labels={kind}")
+    if config.relabel.class_share and not soft:
+        warnings.append(f"relabel.class_share has no effect with relabel.labels={kind}")
+    _check_soft(config.evaluate, None if soft else kind, warnings)
+
+
+def _check_soft(asked: Evaluate, hard: str | None, warnings: list[str]) -> None:
+    """How students learn from soft labels. `hard`: the configured kind, where no student has
+    such."""
+    if asked.soft_loss == "mse" and asked.temperature != Evaluate().temperature:
+        warnings.append("evaluate.temperature has no effect with evaluate.soft_loss=mse")
+    if hard is not None:
+        warnings += [
+            f"evaluate.{name} has no effect with relabel.labels={hard}"
+            for name in ("soft_loss", "order")
+            if getattr(asked, name) != getattr(Evaluate(), name)
+        ]
+    elif asked.order != "both" and asked.kappa_ce != Evaluate().kappa_ce:
+        warnings.append(f"evaluate.kappa_ce has no effect with evaluate.order={asked.order}")
 
 
 def _check_data(config: Any, warnings: list[str]) -> None:
@@ -133,9 +164,16 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         )
     if data.profile == "counts" and not data.counts:
         raise UserError("data.counts: needed with data.profile=counts")
-    held = data.val_per_class or data.val_list or data.source == "shards"
-    if config.evaluate.split == "val" and not held:
-        raise UserError("evaluate.split=val needs data.val_per_class or data.val_list")
+    held = [f"data.{n}" for n in ("val_per_class", "val_list") if getattr(data, n)]
+    held += ["data.source=shards"] if data.source == "shards" else []
+    if data.val_fraction and held:
+        raise UserError(
+            f"data.val_fraction: {' and '.join(held)} say which images are for validation; keep one"
+        )
+    if config.evaluate.split == "val" and not (held or data.val_fraction):
+        raise UserError(
+            "evaluate.split=val needs data.val_per_class, data.val_fraction or data.val_list"
+        )
     if data.source == "shards":
         names = ("profile", "imbalance_factor", "max_per_class", "val_per_class")
         given = [

@@ -103,6 +103,18 @@ class Frozen:
             return network.backbone(channels_last(x)).float()
 
     @torch.no_grad()
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` and `logits` of one pass."""
+        network: Any = self.model
+        seen: list[Tensor] = []
+        hook = network.backbone.register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            logits = forward(network, x, self.ranks)
+        finally:
+            hook.remove()
+        return seen[0].float(), logits
+
+    @torch.no_grad()
     def plain_logits(self, x: Tensor) -> Tensor:
         """Of the head `fc`. An expert that was trained without debiasing has not trained it."""
         x = channels_last(x)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from ltdd_scale.methods.rldd.settings import Net
-from ltdd_scale.models import flops, registry
+from ltdd_scale.models import areas, flops, registry
 from ltdd_scale.stage import Cost, Facts
+
+FLOAT64 = 8  # bytes
 
 
 def calibrate(settings: Any, facts: Facts) -> Cost:
@@ -37,17 +39,22 @@ def calibrate(settings: Any, facts: Facts) -> Cost:
 
 
 def initialize(settings: Any, facts: Facts) -> Cost:
-    """The teacher sees every crop of every image."""
+    """The teacher sees every crop of every image, and a few of each class to find their areas."""
     own, seen = settings.initialize, settings.images
     images = _images(facts.num_classes * settings.ipc, seen)
-    if not own.confident:
-        memory = _decoded(seen, facts) + _images(settings.ipc, seen)
+    if not own.needs_teacher:
+        memory = _decoded(seen, facts) + _images(settings.ipc * own.mosaic**2, seen)
         return Cost(memory=memory, disk=images)
     teacher = _measure(settings.teacher, seen.resolution)
-    batch = min(own.batch_size, max(facts.counts) * own.crops)
+    draws = own.draws(own.crop_scale) if own.select != "random" else 0
+    shown = facts.num_images * draws
+    if not own.crop_scale:
+        shown += len(areas.AREAS) * sum(min(n, areas.PER_CLASS) for n in facts.counts)
+    batch = min(own.batch_size, max(facts.counts) * max(draws, 1))
+    features = FLOAT64 * max(facts.counts) * draws * teacher.features if own.by_features else 0.0
     return Cost(
-        flops=facts.num_images * own.crops * teacher.flops,
-        memory=_weights(teacher, facts) + _decoded(seen, facts),
+        flops=shown * teacher.flops,
+        memory=_weights(teacher, facts) + _decoded(seen, facts) + features,
         activations=batch * teacher.passing,
         disk=images,
     )

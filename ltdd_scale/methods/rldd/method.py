@@ -1,6 +1,6 @@
 """The uni-level method (RLDD): statistical alignment between debiased experts and images.
 
-Observer → fair BatchNorm statistics → confident crops by the teacher → recovery of the images.
+Observer → fair BatchNorm statistics → crops that the teacher chooses → recovery of the images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SHOWN = {**places("seed", "runtime.precision"), "images": Section("data", Seen)}
 
 def experts(config: Any) -> tuple[str, ...]:
     """The observer always; the teacher where it chooses crops or guards recovery."""
-    teacher = config.initialize.confident or config.recover.teacher_ce > 0
+    teacher = config.initialize.needs_teacher or config.recover.teacher_ce > 0
     return ("observer", "teacher") if teacher else ("observer",)
 
 
 def stages(config: Any) -> tuple[Stage, ...]:
     guard = {"teacher": "teacher"} if config.recover.teacher_ce > 0 else {}
-    judge = {"teacher": "teacher"} if config.initialize.confident else {}
+    judge = {"teacher": "teacher"} if config.initialize.needs_teacher else {}
     # Costs depend on the networks; fingerprints know them anyway, by the experts that are inputs.
     observer = {"observer": Section("observer", Net)}
     teacher = {"teacher": Section("teacher", Net)}
@@ -43,7 +43,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     initialize = Stage(
         name="initialize",
         kind="initialize",
-        version=2,
+        version=3,
         run=f"{HERE}.initialize:run",
         reads={
             "initialize": "initialize",
@@ -53,7 +53,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         },
         inputs={"shard": "shard", **judge},
         cost=f"{HERE}.cost:initialize",
-        help="choose confident crops",
+        help="choose crops to start from",
     )
     recover = Stage(
         name="recover",
@@ -76,8 +76,30 @@ def stages(config: Any) -> tuple[Stage, ...]:
     return calibrate, initialize, recover
 
 
+def _check_initialize(config: Any) -> list[str]:
+    own, usual, warnings = config.initialize, Initialize(), []
+    if config.data.resolution % own.mosaic:
+        raise UserError(
+            f"initialize.mosaic={own.mosaic}: data.resolution must be a multiple of it, "
+            f"got {config.data.resolution}"
+        )
+    if own.pool and not own.by_features:
+        warnings.append(f"initialize.pool has no effect with initialize.select={own.select}")
+    if own.crop_scale and own.keep != usual.keep:
+        warnings.append("initialize.keep has no effect beside initialize.crop_scale")
+    if own.crops != usual.crops:
+        if own.select == "random":
+            warnings.append("initialize.crops has no effect with initialize.select=random")
+        elif own.draws(own.crop_scale) != own.crops:
+            warnings.append(
+                f"initialize.crops has no effect with initialize.select={own.select} and whole "
+                "images: one candidate each"
+            )
+    return warnings
+
+
 def check(config: Any) -> list[str]:
-    recover, warnings = config.recover, []
+    recover, warnings = config.recover, _check_initialize(config)
     if len(recover.betas) != 2 or not all(0 <= b < 1 for b in recover.betas):
         raise UserError(f"recover.betas: expected two numbers in [0, 1), got {recover.betas!r}")
     sides = recover.resolutions
@@ -88,11 +110,8 @@ def check(config: Any) -> list[str]:
         )
     if recover.residual and len(sides) < 2:
         warnings.append("recover.residual has no effect without two or more recover.resolutions")
-    for section in ("initialize", "recover"):
-        if not getattr(config, section).crop_scale:
-            raise UserError(
-                f"{section}.crop_scale: expected two areas; [1.0, 1.0] keeps whole images"
-            )
+    if not recover.crop_scale:
+        raise UserError("recover.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
     if recover.iterations and not (recover.ce or recover.teacher_ce or recover.alignment):
         raise UserError(
             "recover.ce, recover.teacher_ce, recover.alignment: all are 0, so recovery would do "

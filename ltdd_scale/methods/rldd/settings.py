@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, option
@@ -35,12 +36,55 @@ class Calibrate(Settings):
 
 
 class Initialize(Settings):
-    """Confidence-guided multi-round initialisation."""
+    """Which crops of real images the distilled ones start from."""
 
-    confident: Switch = option(True, "confident crops; false: random crops of random images")
-    crops: Whole = option(5, "K, crops drawn of each real image", low=1)
-    crop_scale: Areas = option([0.5, 1.0], "area range of the crops")
+    select: Literal["confident", "herding", "k_center", "random"] = option(
+        "confident",
+        "confident: what the teacher is surest of, round after round over the images; herding: "
+        "their mean feature stays close to the class's; k_center: each the farthest in feature "
+        "space from those taken; random: of random images, without the teacher",
+    )
+    pool: Number = option(
+        0.0,
+        "herding, k_center: choose among images to which the teacher gives their own class at "
+        "least this probability, but never among less than the surer half of the class's; 0: all",
+        low=0,
+        high=1,
+    )
+    crops: Whole = option(
+        5,
+        "K, crops drawn of each real image; herding and k_center take 1 where images stay whole",
+        low=1,
+    )
+    crop_scale: Areas = option(
+        [0.5, 1.0],
+        "area range of the crops; [1.0, 1.0]: whole images; empty: from the smallest area at "
+        "which crops keep enough of the teacher's confidence, see keep",
+    )
+    keep: Number = option(
+        0.9,
+        "empty crop_scale: crops must keep this share of the teacher's probability of the own "
+        "class, measured on crops of some images of each class",
+        low=0,
+        high=1,
+    )
+    mosaic: Whole = option(
+        1, "crops along a side of an image: 2 makes each of 2 × 2 shrunk crops", low=1, high=2
+    )
     batch_size: Whole = option(256, "crops a teacher pass", low=1)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.select != "random" or not self.crop_scale
+
+    @property
+    def by_features(self) -> bool:
+        return self.select in ("herding", "k_center")
+
+    def draws(self, crop_scale: Sequence[float]) -> int:
+        """Crops of an image at a time, of areas `crop_scale`. Whole images have one feature each,
+        and more would only repeat it."""
+        return 1 if self.by_features and min(crop_scale, default=0.0) == 1.0 else self.crops
 
 
 class Recover(Settings):
