@@ -31,6 +31,8 @@ from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
 from ltdd_scale.settings import parse
 
+LATER = ("soft_loss", "temperature", "order")  # of Training: sets that were given away lack them
+
 
 @dataclass(frozen=True)
 class Description:
@@ -132,7 +134,9 @@ def describe(distilled: Path) -> Description:
     try:
         config = told["config"]
         evaluate = config["evaluate"]
-        training = {name: evaluate[name] for name in Training.model_fields}
+        # A set from before these settings was judged with what are their defaults now.
+        known = [name for name in Training.model_fields if name in evaluate or name not in LATER]
+        training = {name: evaluate[name] for name in known}
         direct = ("classes", "folders", "train_counts", "resolution", "mean", "std")
         return Description(
             **{name: told[name] for name in direct},

@@ -9,6 +9,7 @@ from ltdd_scale.data.stage import stage as shard
 from ltdd_scale.data.stage import whiten
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.experts.stage import stage as expert
+from ltdd_scale.judging import choose
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.labels.catalog import KINDS
@@ -17,6 +18,7 @@ from ltdd_scale.methods.catalog import METHODS
 from ltdd_scale.stage import Stage
 
 SHARD, STUDENTS, VERDICT, REPORT = "shard", "students", "evaluate", "report"
+CHOSEN_LABELS = "relabel-chosen"
 
 
 def stages(config: Any, source: str) -> tuple[Stage, ...]:
@@ -30,6 +32,7 @@ def stages(config: Any, source: str) -> tuple[Stage, ...]:
         *(expert(role, config) for role in wanted),
         *own,
         relabel(config, method.distilled),
+        *chosen(config),
         *protocol.stages(config, roles(config)),
     )
 
@@ -44,14 +47,22 @@ def experts(config: Any) -> tuple[str, ...]:
     return tuple(role for role in ROLES if role in asked)
 
 
+def chosen(config: Any) -> tuple[Stage, ...]:
+    """The choice between the method's images and simpler ones, and labels of what was chosen."""
+    made = choose.stages(config, roles(config))
+    return (*made, relabel(config, choose.CHOOSE, CHOSEN_LABELS)) if made else ()
+
+
 def roles(config: Any) -> Roles:
     """Which stages hold what the labels, the students and the report read."""
     method = METHODS[config.method]
+    choice = {"chosen": choose.CHOOSE, "chosen_labels": CHOSEN_LABELS}
     trained = {role: (role, "weights.pt") for role in reversed(experts(config))}
     return Roles(
         distilled=method.distilled,
         initial=method.initial,
         learned=method.learned(config),
+        **(choice if choose.wanted(config) else {}),
         judged={**trained, **method.judged},
     )
 
@@ -61,7 +72,7 @@ def commands() -> dict[str, str]:
     too."""
     out: dict[str, str] = {}
     for name, method in METHODS.items():
-        config = Config(method=name, data={"zca": method.whitened})
+        config = Config(method=name, data={"zca": method.whitened}, choose={"how": "always"})
         for stage in stages(config, ""):
             out.setdefault(stage.job, stage.help)
     for name in PROTOCOLS:

@@ -9,8 +9,14 @@ from typing import Any
 
 # Of every judged network, in per cent. `balanced` is the mean over classes of their accuracy.
 NUMBERS = ("top1", "balanced", "top5", "class_std", "many", "medium", "few")
-SETS = ("random", "initial", "distilled", "full", "plain")
+SETS = ("random", "initial", "distilled", "chosen", "full", "plain")
+CHOSEN = "chosen"  # the best of the first three, by validation images
 WHOLE_SETS = ("full", "plain")  # all images of the long-tailed set, whatever the IPC
+# (set, labels) that stands in every result, whatever the labels: random real images with classes.
+RANDOM_PLAIN = ("random", "hard")
+RANDOM_PLAIN_TITLE = "random real, plain labels"
+ADJUSTED = "logit-adjusted"  # how titles of plain networks after logit adjustment end
+TEACHER = "teacher"  # the title of the teacher among the judged networks
 GROUPS_PART = "groups"  # the part of a student that tells groups of classes apart
 # Candidates of two_stage.first and two_stage.second that are trained for it: on which set.
 TRAINED = {"trained_whole": "plain", "trained_distilled": "distilled", "trained_random": "random"}
@@ -20,7 +26,21 @@ def labels_of(which: str, summary: Mapping[str, Any]) -> str:
     """The labels with which the set `which` stands in a result, `summary` being the verdict's: the
     configured ones. Real images, which have no learned labels, have those of the baseline."""
     configured = summary["labels"]
-    return configured if which == "distilled" else summary.get("baseline", configured)
+    return configured if which in ("distilled", CHOSEN) else summary.get("baseline", configured)
+
+
+def plain_name(title: str) -> str:
+    """What the network of a plain entry is called in a sentence, from the title of the entry, such
+    as "teacher, prior put back, logit-adjusted"; logit adjustment is not told."""
+    name, _, how = title.removesuffix(f", {ADJUSTED}").partition(", ")
+    if name == "plain":
+        return "the plain network"
+    return f"the {name} with the {how}" if how else f"the {name}"
+
+
+def is_adjusted(title: str) -> bool:
+    """Whether the plain entry of this title is a network after logit adjustment."""
+    return title.endswith(ADJUSTED)
 
 
 @dataclass(frozen=True)

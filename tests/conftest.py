@@ -32,6 +32,7 @@ initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 12, chunk_classes: 4, iterations: 12}
 relabel: {labels: stored, topk: 4, epochs: 3, batch_size: 16}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: own, plain_epochs: 2}
+choose: {how: never}
 """
 TINY += PLAIN_REPORT
 

@@ -76,7 +76,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
     assert "recover" in by_name["relabel"].needs and by_name["report"].needs == ["evaluate"]
     assert [r.part for r in by_name["recover"].requests] == [(k, 3) for k in range(3)]
     students = [n for n in point(tmp_path, "").nodes.values() if n.stage.job == "students"]
-    assert by_name["students"].elements == len(students) == 3  # no more elements than students
+    assert by_name["students"].elements == len(students) == 4  # no more elements than students
     assert by_name["report"].requests[0].report and by_name["report"].requests[0].targets == ()
 
 

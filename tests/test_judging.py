@@ -90,6 +90,44 @@ def test_student_loss_is_its_formula():
     assert torch.allclose(plain, F.cross_entropy(s, y))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+def test_the_divergence_is_its_formula(temperature):
+    torch.manual_seed(0)
+    s, t = torch.randn(4, 3).double(), 3 * torch.randn(4, 3).double()
+    y = torch.tensor([0, 2, 1, 1])
+    p, q = (np.exp(z.numpy() / temperature) for z in (t, s))
+    p, q = (e / e.sum(1, keepdims=True) for e in (p, q))
+    kl = temperature**2 * (p * (np.log(p) - np.log(q))).sum(1).mean()
+    found = training.student_loss(
+        s, F.one_hot(y, 3).double(), t, 0.25, 3.0, soft_loss="kl", temperature=temperature
+    )
+    assert float(found) == pytest.approx(0.25 * float(F.cross_entropy(s, y)) + 3 * kl)
+    none = training.student_loss(s, F.one_hot(y, 3).double(), s + 5, 0.0, 1.0, "kl", temperature)
+    assert float(none) == pytest.approx(0, abs=1e-12)
+
+
+def test_soft_then_hard_then_soft():
+    """A quarter, a half, a quarter, whatever the number of epochs; `both` is the default."""
+    order = Training(order="soft_hard_soft")
+
+    def line(epochs):
+        return "".join(training.learned_from(order, e, epochs)[0] for e in range(epochs))
+
+    assert line(8) == "sshhhhss" and line(300) == "s" * 75 + "h" * 150 + "s" * 75
+    assert [line(n) for n in (1, 2, 3, 5, 7)] == ["s", "hs", "shs", "shhss", "sshhhss"]
+    assert {training.learned_from(Training(), e, 8) for e in range(8)} == {"both"}
+
+
+def test_the_loss_of_an_epoch_is_that_of_what_it_learns_from():
+    torch.manual_seed(0)
+    s, t, y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    onehot, asked = F.one_hot(y, 3).float(), Training(kappa_ce=0.5, kappa_mse=2.0)
+    ce, mse = F.cross_entropy(s, y), ((s - t) ** 2).mean()
+    for source, expected in (("both", 0.5 * ce + 2 * mse), ("soft", 2 * mse), ("hard", ce)):
+        assert torch.allclose(training.epoch_loss(s, onehot, t, asked, source), expected)
+        assert torch.allclose(training.epoch_loss(s, onehot, None, asked, source), ce)
+
+
 def test_schedules():
     smooth = Training(schedule="cosine2", lr=1.0)
     rates = [round(training.learning_rate(smooth, t), 6) for t in (0, 0.5, 1)]
@@ -107,7 +145,25 @@ def test_units_of_the_matrix_are_all_cells_once():
     assert len(found) == len(set(found)) == (3 * 4 + 1) * 2
     config = Config(evaluate=Evaluate(seeds=2, full_epochs=3))
     cells = {(s.set, s.labels) for s, _ in single_stage.students(config, ROLES)}
-    assert cells == {("distilled", "online"), ("random", "online"), ("full", "online")}
+    small = {("distilled", "online"), ("random", "online"), ("random", "hard")}
+    assert cells == {*small, ("full", "online")}
+
+
+def test_random_images_have_a_student_with_classes_of_every_net_and_seed():
+    """Once, where the labels are classes anyway; not at all without random images."""
+    config = with_labels("single", nets=["convnet3", "resnet32"], seeds=2, plain="none")
+    found = single_stage.students(config, ROLES)
+    assert cells_of(with_labels("single", plain="none"), ROLES) == [
+        ("distilled", "single"),
+        ("random", "single"),
+        ("random", "hard"),
+    ]
+    own = [(s.net, s.seed, e) for s, e in found if (s.set, s.labels) == ("random", "hard")]
+    assert own == [(n, s, 3) for n in ("convnet3", "resnet32") for s in (0, 1)]
+    assert cells_of(with_labels("hard", plain="none"), ROLES)[1:] == [("random", "hard")]
+    assert cells_of(with_labels("single", random=False, plain="none"), ROLES) == [
+        ("distilled", "single")
+    ]
 
 
 def with_labels(kind, **evaluate):
@@ -304,6 +360,57 @@ def test_a_student_uses_the_labels_that_relabel_made(house, tmp_path):
     assert with_zeros["loss"] != made_here["loss"]
 
 
+def test_single_labels_are_the_same_from_relabel_beside_others_and_made_by_a_student(
+    house, tmp_path
+):
+    """Mean over views, with a share of the class: written as the set's labels, written beside
+    online ones, and made by a student that finds none."""
+    own, student = {"views": 3, "class_share": 0.2, "adjust": True}, {}
+    for kind in ("single", "online"):
+        base = with_labels(kind, epochs=1, crop_scale=[0.3, 0.6], plain="none")
+        update = {"relabel": base.relabel.model_copy(update=own)}
+        student[kind] = base.model_copy(update=update)
+        stage, out = relabel_stage(student[kind], "recover"), tmp_path / kind
+        out.mkdir()
+        inputs = {"shard": house / "shard", "distilled": house / "images"}
+        context = Context(ALONE, out, {**inputs, "teacher": house / "teacher"}, "w", quiet=True)
+        relabel.run(settings_of(stage, student[kind]), context)
+    assert files.read_json(tmp_path / "online" / "labels.json")["class_share"] == 0.2
+    names = [tmp_path / kind / "single.npy" for kind in student]
+    assert files.sha256(names[0]) == files.sha256(names[1])
+    for kind, config in student.items():
+        read = run_student(
+            config, "distilled", house, tmp_path / f"{kind}-r", labels=tmp_path / kind
+        )
+        made = run_student(config, "distilled", house, tmp_path / f"{kind}-m")
+        assert read[2] == made[2]
+
+
+def test_the_order_decides_which_labels_an_epoch_sees(house, tmp_path):
+    """One step an epoch, so that the first epochs' losses are of the same weights: soft labels that
+    differ show in the first epoch, κ1 nowhere, and a student of two epochs begins with classes."""
+    labels = {}
+    for name, value in (("zeros", 0.0), ("twos", 2.0)):
+        labels[name] = tmp_path / name
+        labels[name].mkdir()
+        distilled.save(labels[name] / "single.npy", np.full((20, 10), value, np.float32))
+        facts = {"labels": "single", "seed": "labels 0", "epochs": 0, "tau": 0.0}
+        files.write_json(labels[name] / "labels.json", facts)
+
+    def losses(which, kappa_ce=0.025, epochs=4):
+        order = {"order": "soft_hard_soft", "batch_size": 20, "kappa_ce": kappa_ce}
+        config = with_labels("single", epochs=epochs, **order)
+        out = tmp_path / f"{which} {kappa_ce} {epochs}"
+        *_, result = run_student(config, "distilled", house, out, labels=labels[which])
+        return result["loss"]
+
+    zeros, twos = losses("zeros"), losses("twos")
+    assert len(zeros) == 4 and zeros[0] != twos[0]
+    assert losses("zeros", kappa_ce=9.0) == zeros
+    first, last = losses("zeros", epochs=2), losses("twos", epochs=2)
+    assert first[0] == last[0] and first[1] != last[1]
+
+
 def test_learned_labels_are_the_same_from_relabel_and_from_the_set(house, learned_house, tmp_path):
     """A student that reads what relabel copied, and one of the matrix that reads the set itself."""
     config = with_labels("learned", plain="none")
@@ -342,7 +449,7 @@ def test_a_diverged_student_is_an_error(house, tmp_path):
 
 
 @pytest.mark.parametrize("plain", ["own", "expert", "none"])
-def test_verdict(plain, house, tmp_path):
+def test_verdict(plain, house, tmp_path, capsys):
     config = config_of(plain=plain, plain_epochs=1, epochs=1, matrix=plain == "own", seeds=2)
     found = single_stage.stages(config, ROLES)
     folders = {name: house / name for name in ("shard", "teacher")}
@@ -351,13 +458,15 @@ def test_verdict(plain, house, tmp_path):
         run_student(config, "", house, tmp_path / unit.name, name=unit.name)
     context = Context(ALONE, tmp_path, {k: folders[v] for k, v in found[-1].inputs.items()}, "w")
     assert verdict.run(settings_of(found[-1], config), context) == {}
+    log = capsys.readouterr().err
     results = files.read_json(tmp_path / "results.json")
     summary = results["summary"]
     assert summary["balanced_test"] is True and summary["split"] == "test"
     assert set(summary["experts"]) == {"teacher"}
     assert {e["set"] for e in summary["students"]} <= {"distilled", "random", "initial"}
     cells = {(r["set"], r["labels"]) for r in results["rows"]}
-    assert cells - {("plain", "hard")} == {("distilled", "online"), ("random", "online")}
+    small = {("distilled", "online"), ("random", "online"), ("random", "hard")}
+    assert cells - {("plain", "hard")} == small
     assert (summary["labels"], summary["baseline"]) == ("online", "online")
     assert all("balanced" in r for r in results["rows"])
     assert len(results["matrix"]) == (3 * 4 * 2 if plain == "own" else 0)
@@ -372,6 +481,25 @@ def test_verdict(plain, house, tmp_path):
     for entry in summary.get("plain", []):
         assert entry["net"] == "convnet3" and set(NUMBERS) <= set(entry)
         assert entry["top1_std"] is None and entry["num_seeds"] == 1
+    rungs = summary["ladder"]
+    random = next(e for e in summary["students"] if (e["set"], e["labels"]) == ("random", "hard"))
+    wanted = [*summary.get("plain", []), random, summary["experts"]["teacher"]]
+    assert [r["title"] for r in rungs] == [
+        *titles.get(plain, []),
+        "random real, plain labels",
+        "teacher",
+    ]
+    assert [[r[n] for n in NUMBERS] for r in rungs] == [[e[n] for n in NUMBERS] for e in wanted]
+    assert rungs[-2]["num_seeds"] == 2 and rungs[-1]["num_seeds"] == 1
+    # The teacher of this house is not trained: random images are above it, or as bad.
+    (warning,) = summary["warnings"]
+    assert warning.startswith("the teacher (10.0) is ") and warning.endswith(
+        ": its labels cost accuracy"
+    )
+    assert f"  warning: {warning}\n" in log
+    told = tables.table(results)
+    assert told.startswith(f"Warning: {warning}.\n\n| set ")
+    assert told.count("| random real, plain labels ") == 1
 
 
 def test_verdict_of_a_set_with_learned_labels(learned_house, tmp_path):
@@ -395,7 +523,9 @@ def test_verdict_of_a_set_with_learned_labels(learned_house, tmp_path):
     assert [(r["set"], r["labels"]) for r in results["matrix"]] == shown + singles
     assert [(s, labels_of(s, summary)) for s in ("distilled", "random")] == shown
     assert labels_of("initial", summary) == "hard"
-    row = next(line for line in tables.table(results).splitlines() if "random real" in line)
+    row = next(
+        line for line in tables.table(results).splitlines() if line.startswith("| random real")
+    )
     assert [c.strip() for c in row.split("|")[2:4]] == ["hard", "convnet3"]
 
 
@@ -513,6 +643,11 @@ def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
     with pytest.raises(UserError, match="--epochs 0"):
         fit.run(folder, None, 0, 0, None, None)
     told = files.read_json(folder / "set.json")
+    was = fit.describe(folder).training
+    for name in fit.LATER:  # a set from before there were these
+        del told["config"]["evaluate"][name]
+    files.write_json(folder / "set.json", told)
+    assert fit.describe(folder).training == was == Training(batch_size=8)
     del told["config"]["evaluate"]["width"]
     files.write_json(folder / "set.json", told)
     with pytest.raises(UserError, match="width"):

@@ -7,22 +7,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltdd_scale.data import distilled
+from ltdd_scale.config.root import Config
+from ltdd_scale.data import augment, distilled
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
-from ltdd_scale.labels import adjust, cost, learned, stored
+from ltdd_scale.labels import adjust, cost, learned, single, stored
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
-from ltdd_scale.labels.settings import Relabel, Views
+from ltdd_scale.labels.mixture import with_class
+from ltdd_scale.labels.settings import Relabel, Single, Views
+from ltdd_scale.labels.stage import stage as relabel_stage
 from ltdd_scale.labels.views import draw_epoch, mix, onehot, render, view_spec
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks
-from ltdd_scale.stage import Facts, Given
+from ltdd_scale.runtime.ranks import Ranks, rng
+from ltdd_scale.stage import Facts, Given, settings_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None)
@@ -140,14 +143,16 @@ def test_kinds_of_labels(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adjusted", [False, True])
-def test_labels_of_a_folder_are_those_made_without_one(kind, adjusted, tmp_path):
+@pytest.mark.parametrize(
+    "settings", [{}, {"adjust": True}, {"views": 3, "class_share": 0.3}, {"class_share": 0.3}]
+)
+def test_labels_of_a_folder_are_those_made_without_one(kind, settings, tmp_path):
     """What relabel writes and a student loads, and what a student of other images makes."""
     code = KINDS[kind].code()
-    made = maker(relabel=Relabel(batch_size=4, epochs=2, topk=3, adjust=adjusted))
+    made = maker(relabel=Relabel(batch_size=4, epochs=2, topk=3, **settings))
     facts = {"seed": "labels 3", "epochs": 0, "tau": 0.0}
     facts |= code.make(made, tmp_path, Context(ALONE, tmp_path, {}, "w"))
-    assert (facts["tau"] > 0) == (adjusted and KINDS[kind].teacher)
+    assert (facts["tau"] > 0) == ("adjust" in settings and KINDS[kind].teacher)
     # Who loads knows no settings, and has a teacher only where it labels every view.
     looking = teacher() if KINDS[kind].each_view else None
     reader = maker(relabel=None, teacher=looking, seed=99, learned=None)
@@ -267,6 +272,8 @@ def test_cost_is_the_teachers_passes():
             "student_epochs": 50,
             "images": Seen(resolution=8),
         }
+        if KINDS[labels].of_views:
+            values["single"] = Single(views=changes.get("views", 1))
         return cost.relabel(Given("relabel", values), Facts((100, 50, 10)))
 
     once = asked("single").flops
@@ -277,6 +284,8 @@ def test_cost_is_the_teachers_passes():
     assert asked("hard").flops == asked("learned").flops == 0
     assert asked("learned").disk == 4 * 30 * 3 and asked("hard").disk == 0
     assert asked("online", adjust=True).flops == pytest.approx(2 * once)
+    assert asked("single", views=4).flops == pytest.approx(4 * once)
+    assert asked("stored", views=4).flops == pytest.approx(54 * once)
     single = asked("single").disk
     assert single == 4 * 30 * 3
     assert asked("stored", epochs=2).disk == single + 2 * 30 * 3 * 2
@@ -288,3 +297,89 @@ def test_whole_images_are_looked_at_once_and_in_order():
     at_once = made.teacher.logits(made.normalize(made.images.pixels.float() / 255))
     assert torch.allclose(adjust.whole_logits(made), at_once, atol=1e-5)
     assert made.spec == ViewSpec(8, (0.4, 1.0), 0, True, 1, 9)
+
+
+def test_a_single_label_is_the_mean_over_the_whole_image_and_views():
+    """By hand, an image at a time; and the same in any batches and on any rank."""
+    three = Relabel(batch_size=4, views=3)
+    made = maker(relabel=three)
+    pixels = made.images.pixels.float() / 255
+    views = [
+        SPEC.draw(rng("labels 3", "views of single labels", k), made.images.sizes) for k in (1, 2)
+    ]
+    assert not np.array_equal(views[0].windows, views[1].windows)
+    table = single.fresh(made).table
+    for i in range(11):
+        shown = [pixels[i : i + 1]]
+        shown += [augment.apply(shown[0], drawn[[i]], SPEC) for drawn in views]
+        logits = torch.cat([made.teacher.logits(made.normalize(x)) for x in shown])
+        assert torch.allclose(table[i], logits.mean(0), atol=1e-5)
+    other = maker(relabel=three, ranks=Ranks(1, 2, CPU, None))
+    assert torch.equal(single.fresh(other).table, table)
+    batches = maker(relabel=Relabel(batch_size=11, views=3))
+    assert torch.allclose(single.fresh(batches).table, table, atol=1e-5)
+    once = single.fresh(maker(relabel=Relabel(batch_size=4))).table
+    assert torch.equal(once, adjust.whole_logits(made))
+    assert not torch.allclose(once, table, atol=1e-3)
+
+
+@given(st.integers(1, 6), st.integers(2, 12), st.floats(0.001, 0.99), st.integers(0, 99))
+def test_a_share_of_the_class_by_hand(n, num_classes, share, seed):
+    draw = np.random.default_rng(seed)
+    z = draw.normal(0, 4, (n, num_classes)) + draw.normal(0, 9, (n, 1))
+    y = np.eye(num_classes)[draw.integers(0, num_classes, (2, n))]
+    lam = draw.random((n, 1))
+    y = lam * y[0] + (1 - lam) * y[1]
+    found = with_class(torch.from_numpy(z).float(), torch.from_numpy(y).float(), share).numpy()
+    p = (1 - share) * np.exp(z) / np.exp(z).sum(1, keepdims=True) + share * y
+    assert np.allclose(np.exp(found) / np.exp(found).sum(1, keepdims=True), p, atol=1e-5)
+    # Of all constants on a row, the one nearest to the raw logits.
+    assert np.allclose(found.mean(1), z.mean(1), atol=1e-4)
+
+
+def test_no_share_of_the_class_leaves_the_logits_alone_and_a_small_one_nearly():
+    z, y = torch.randn(4, 5) + 7, torch.eye(5)[:4]
+    assert with_class(z, y, 0.0) is z
+    assert torch.allclose(with_class(z, y, 1e-6), z, atol=1e-3)
+    sure = torch.tensor([[200.0, 0, 0, 0, 0]])  # the softmax of the others is 0 in float32
+    assert torch.isfinite(with_class(sure, torch.eye(5)[1:2], 0.5)).all()
+
+
+@pytest.mark.parametrize("kind", ["online", "stored", "single"])
+def test_the_class_has_its_share_in_each_kind_of_soft_label(kind):
+    """Mixed as the view is where the teacher sees the view, before images are mixed in a table."""
+    code, indices = KINDS[kind].code(), np.arange(11)
+    raw, mixed = (
+        code.fresh(maker(relabel=Relabel(batch_size=4, epochs=2, class_share=share)))
+        for share in (0.0, 0.4)
+    )
+    drawn, (x,) = shown(maker(), raw, 0, [indices])
+    classes, teacher = raw.targets(0, drawn, indices, x, ALONE)
+    same, found = mixed.targets(0, drawn, indices, x, ALONE)
+    assert torch.equal(classes, same)
+    if kind == "single":
+        rows = with_class(raw.table, torch.eye(5)[maker().images.labels], 0.4)
+        expected = mix(rows, drawn, indices)
+        assert torch.allclose(found, expected, atol=1e-5)
+    else:
+        p = 0.6 * teacher.softmax(1) + 0.4 * classes
+        assert torch.allclose(found.softmax(1), p, atol=5e-3)
+        assert torch.allclose(found.mean(1), teacher.mean(1), atol=5e-3)
+
+
+def test_the_record_says_what_single_labels_are_drawn_from():
+    """Only where views are drawn; and labels beside others have settings of their own."""
+
+    def record(**changes):
+        config = Config(relabel=Relabel(**changes))
+        return settings_of(relabel_stage(config, "recover"), config)
+
+    assert "views" not in record(labels="single") and "single" not in record(labels="single")
+    drawn = record(labels="single", views=2)
+    assert drawn.views.crop_scale == [0.5, 1.0] and drawn.relabel.views == 2
+    assert "student_epochs" not in drawn
+    beside = record(labels="online", views=2, class_share=0.1)
+    assert (beside.single.views, beside.single.class_share) == (2, 0.1)
+    assert "views" in beside and "views" not in record(labels="online")
+    assert "student_epochs" in record(labels="stored")
+    assert "views" not in record(labels="hard", views=2)

@@ -26,6 +26,7 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 WIDTHS, SCHEMES = (1400, 400), ("light", "dark")
 MOST = 5_000_000  # bytes of a page
+WARNED = "the teacher (51.0) is worse than the plain network after logit adjustment (52.0)"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def pages(tmp_path_factory) -> dict[int, Path]:
         rows = [plain("plain, whole set", 41.0), plain("plain, logit-adjusted", 52.0)]
         for row in rows:
             row["per_class"] = [row["top1"]] * num_classes
-        results = budgeted(result("single", plain=rows, balanced_test=False), num_classes)
+        more = {"plain": rows, "balanced_test": False, "warnings": [WARNED]}
+        results = budgeted(result("single", **more), num_classes)
         results |= {"matrix": [1], **with_pictures(store, num_classes, split.counts.tolist())}
         places = {role: store / role for role in ("grouping", "embedding")}
         made = material(
@@ -152,10 +154,13 @@ def test_the_ink_of_pictures_is_seen_on_both_papers(visit, scheme):
 
     paper = luminance(colour("paper"))
     assert (paper > 0.9) == (scheme == "light")
-    least = {"ink": 7.0, "muted": 4.5, "link": 4.5} | {f"s{k}": 3.0 for k in range(8)}
+    least = {"ink": 7.0, "muted": 4.5, "link": 4.5, "edge": 3.0}
+    least |= {f"s{k}": 3.0 for k in range(8)}
     for name, wanted in least.items():
         bright, dark = sorted([paper, luminance(colour(name))], reverse=True)
         assert (bright + 0.05) / (dark + 0.05) >= wanted, (name, colour(name))
+    bright, dark = sorted([luminance(colour("alert")), luminance(colour("ink"))], reverse=True)
+    assert (bright + 0.05) / (dark + 0.05) >= 7.0
     text = shown.locator("#main svg text").first
     red, green, blue = text.evaluate("e => getComputedStyle(e).fill.match(/\\d+/g).map(Number)")
     assert f"#{red:02x}{green:02x}{blue:02x}" == colour("ink")
@@ -194,7 +199,8 @@ def test_the_keyboard_reaches_everything(visit):
 def test_a_screen_reader_hears_the_message_first_and_every_picture(visit):
     shown = visit(10)
     tree = shown.locator("body").aria_snapshot()
-    assert tree.index("Trained on") < tree.index("img") < tree.index("table")
+    assert tree.index("Trained on") < tree.index(WARNED) < tree.index("img") < tree.index("table")
+    assert WARNED in shown.get_by_role("note", name="Warnings").text_content()
     heading = [
         int(h[1])
         for h in shown.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => h.tagName)")

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,18 @@ def rows_of(text):
 
 def test_the_table_shows_the_set_beside_random_real_images():
     rows = rows_of(tables.table(result()))
-    assert list(rows) == ["set", "distilled", "random real", "teacher"]
+    titles = ["set", "distilled", "random real", "random real, plain labels", "teacher"]
+    assert list(rows) == titles
+    assert rows["random real, plain labels"][1:5] == ["hard", "n", "10", "47.0 ± 0.5"]
     assert rows["distilled"][4:6] == ["42.0 ± 0.5", "42.0 ± 0.5"]
     assert rows["random real"][4] == "46.0 ± 0.5" and rows["distilled"][10] == "–"
     assert rows["set"][4:6] == ["top-1", "balanced"]
+
+
+def test_random_images_with_classes_stand_once_where_the_labels_are_classes():
+    text = tables.table(result("hard", experts={}))
+    assert text.count("random real") == 1 and text.count("plain labels") == 0
+    assert rows_of(text)["random real"][1] == "hard"
 
 
 def test_balanced_accuracy_comes_first_where_the_test_images_are_not_balanced():
@@ -52,7 +61,7 @@ def test_plain_networks_come_after_the_whole_set():
     results["summary"]["students"].append(entry("full", "online", 50.0))
     rows = rows_of(tables.table(results))
     titles = ["whole long-tailed set", "plain network", "with logit adjustment", "teacher"]
-    assert list(rows)[3:] == titles
+    assert list(rows)[2:] == ["random real", "random real, plain labels", *titles]
     assert rows["with logit adjustment"][1:5] == ["hard", "n", "–", "35.0"]
     assert "plain network" not in rows_of(tables.table(result()))
 
@@ -145,6 +154,34 @@ def test_a_report_of_everything(store, tmp_path):
     assert "<set>" not in text and "http" not in text.replace("http-equiv", "")
     assert text.index('"col">balanced') < text.index('"col">top-1')
     assert "plain network" in (tmp_path / "results.md").read_text()
+
+
+WARNED = "the teacher (51.0) is worse than the teacher's <head> (52.0): its labels cost accuracy"
+
+
+def test_a_warning_stands_by_the_message_and_in_the_card(store, tmp_path):
+    """The sentence of the page stays as it is. Results of before there were warnings have none."""
+    silent, warned = ({}, {"warnings": [WARNED]})
+    pages = []
+    for name, more in (("silent", silent), ("warned", warned)):
+        out = tmp_path / name
+        out.mkdir()
+        made = material(store, result(**more))
+        made.config["publish"] |= {"pictures": False, "formats": []}
+        report.write(made, out)
+        pages.append((out / "report.html").read_text())
+        for file in ("results.md", "distilled/README.md"):
+            text = (out / file).read_text()
+            assert text.count(f"Warning: {WARNED}.") == (name == "warned"), file
+            assert text.find("Warning") < text.index("| set ")
+    before, text = pages
+    assert 'class="warning"' not in before
+    escaped = WARNED.replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;")
+    start, end = text.index('<div class="warning" role="note"'), text.index("</div>")
+    assert f"<p>Warning: {escaped}.</p>" in text[start:]
+    lead = re.search(r'<p class="lead">.*?</p>', before).group()
+    assert lead in text and text.index(lead) < start < text.index("<figure>")
+    assert start < end < text.index("<table>")
 
 
 def test_a_report_without_initial_images_and_without_a_teacher(store, tmp_path):

@@ -41,7 +41,7 @@ from ltdd_scale.judging.subsets import Part
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.cost import stored_bytes
-from ltdd_scale.labels.settings import Adjusted, Stored
+from ltdd_scale.labels.settings import Adjusted
 from ltdd_scale.labels.views import draw_epoch, mix, onehot, view_spec
 from ltdd_scale.launch import perform
 from ltdd_scale.models import flops, frozen, registry
@@ -177,14 +177,14 @@ def maker(kind: str, adjust=False) -> Maker:
     with torch.no_grad():
         teacher.fc_cb.bias += torch.tensor([2.0, 1, 0, -1, -2])  # it has seen a long tail
     recipe = frozen.recipe("convnet3", 4, "instance", 8, 5)
-    adjusted = Stored if kind == "stored" else Adjusted
+    kind_of = KINDS[kind].settings or Adjusted
     return Maker(
         images=images,
         teacher=frozen.Frozen(teacher, recipe, ALONE),
         normalize=lambda x: x,
         spec=view_spec(Training(), 8, False),
         views=Training(),
-        relabel=adjusted(adjust=adjust) if kind != "hard" else None,
+        relabel=kind_of(adjust=adjust) if kind != "hard" else None,
         num_classes=5,
         train_counts=COUNTS,
         seed=0,

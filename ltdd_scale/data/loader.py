@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ltdd_scale.data import dali, streamed, whitening
+from ltdd_scale.data import dali, distilled, streamed, whitening
+from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.backend import backend, fits_memory
-from ltdd_scale.data.images import Images, MemoryImages
+from ltdd_scale.data.images import Images, MemoryImages, Plan
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.runtime import signals
@@ -51,6 +52,15 @@ def decode(split: ShardSplit, resolution: int, workers: int) -> np.ndarray:
         signals.check()
         pixels[indices] = images.numpy()
     return pixels
+
+
+def some_images(
+    split: ShardSplit, indices: np.ndarray, seen: Seen, device: torch.device, workers: int
+) -> np.ndarray:
+    """Some images of a split, whole and centred, as networks see them: uint8 [n, 3, R, R]."""
+    plans: list[Plan] = [(part, None) for part in np.split(indices, range(256, len(indices), 256))]
+    shown = stream_images(split, seen, device, workers).stream(plans, ViewSpec(seen.resolution))
+    return np.concatenate([distilled.to_uint8(part) for part in shown])
 
 
 def normalizer(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Normalize:

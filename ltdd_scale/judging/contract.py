@@ -14,13 +14,16 @@ from ltdd_scale.stage import Stage
 class Roles:
     """Which stage's folder holds what, whatever the method: judging knows no method.
 
-    `learned`: whether the distilled set brings labels of its own. `judged`: title → (stage, file)
-    of networks that are judged beside the students.
+    `chosen` and `chosen_labels` are of the images that leave the house: empty where none are
+    chosen, and the distilled ones leave. `learned`: whether the distilled set brings labels of its
+    own. `judged`: title → (stage, file) of networks that are judged beside the students.
     """
 
     distilled: str
     initial: str = ""
     labels: str = "relabel"
+    chosen: str = ""
+    chosen_labels: str = ""
     learned: bool = False
     judged: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 

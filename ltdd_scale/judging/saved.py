@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ltdd_scale.data import distilled
 from ltdd_scale.labels.catalog import baseline
-from ltdd_scale.results import WHOLE_SETS
+from ltdd_scale.results import CHOSEN, WHOLE_SETS
 from ltdd_scale.runtime import files
 
+AS = "as"  # in a row: the set whose student stands for this one
 LOGITS = "logits.npy"  # of the judged images, float16 [N, C]
 
 
@@ -26,7 +27,21 @@ class Saved:
     def __init__(self, inputs: Mapping[str, Path], labels: str):
         self.labels = labels
         self.folders = [f for name, f in inputs.items() if name.startswith("student/")]
-        self.all = [files.read_json(folder / "result.json") for folder in self.folders]
+        results = [files.read_json(folder / "result.json") for folder in self.folders]
+        self.all = [self._resolved(result, results) for result in results]
+
+    @staticmethod
+    def _resolved(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+        """`result`, or that of the student which stands for it."""
+        row = result["row"]
+        if AS not in row:
+            return result
+        twin = (row[AS], row["labels"], row["net"], row["seed"])
+        for other in results:
+            found = other["row"]
+            if (found["set"], found["labels"], found["net"], found["seed"]) == twin:
+                return {**other, "row": {**found, "set": row["set"]}}
+        raise LookupError(f"no student of {twin} among the inputs")
 
     @cached_property
     def found(self) -> list[dict[str, Any]]:
@@ -56,7 +71,7 @@ class Saved:
     def _has_its_labels(self, row: dict[str, Any]) -> bool:
         if row["set"] in WHOLE_SETS:
             return True
-        configured = self.labels if row["set"] == "distilled" else baseline(self.labels)
+        configured = self.labels if row["set"] in ("distilled", CHOSEN) else baseline(self.labels)
         return row["labels"] == configured
 
 

@@ -27,7 +27,19 @@ class Training(Views):
     )
     kappa_ce: Number = option(0.025, "κ1, weight of the cross-entropy with the class", low=0)
     kappa_mse: Number = option(
-        1.0, "κ2, weight of the squared error to the teacher's logits", low=0
+        1.0, "κ2, weight of the soft term (soft_loss), whichever it is", low=0
+    )
+    soft_loss: Literal["mse", "kl"] = option(
+        "mse",
+        "the soft term; mse: squared error to the logits of the soft label; "
+        "kl: T² · KL(soft label ‖ student), both a softmax at temperature T",
+    )
+    temperature: Number = option(1.0, "kl: T", low=0.01, high=1000)
+    order: Literal["both", "soft_hard_soft"] = option(
+        "both",
+        "what an epoch learns from, where there are soft labels; both: the class (κ1) and the soft "
+        "label (κ2); soft_hard_soft: HALD's, the first quarter of the epochs soft labels alone "
+        "(κ2), the middle half classes alone (weight 1), the last quarter soft labels again",
     )
     ema: Number = option(
         0.99, "moving average of the student's weights; 0: none", low=0, high=0.99999
@@ -76,6 +88,20 @@ class Evaluate(Training):
     embedding: Switch = option(
         True, "t-SNE of the judged images' features, for the page; some seconds"
     )
+
+
+class Choose(Settings):
+    """Which images are kept: the method's, those they started from, or random real ones."""
+
+    how: Literal["auto", "always", "never"] = option(
+        "auto",
+        "short students tell on validation images, for each kind of label; auto: where the config "
+        "has such (data.val_fraction, data.val_per_class, data.val_list)",
+    )
+    share: Number = option(
+        0.1, "epochs of a short student, as a share of evaluate.epochs", low=0, high=1
+    )
+    seeds: Whole = option(3, "short students of each set and kind of label", low=1)
 
 
 @dataclass(frozen=True)

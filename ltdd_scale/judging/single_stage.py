@@ -15,7 +15,7 @@ from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
 from ltdd_scale.labels.stage import reads as label_reads
-from ltdd_scale.results import WHOLE_SETS, Student
+from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, WHOLE_SETS, Student
 from ltdd_scale.stage import Division, Section, Stage, places
 
 
@@ -23,11 +23,12 @@ def cells(config: Any, roles: Roles) -> list[tuple[str, str]]:
     """(set, labels) of all students, the configured ones first.
 
     Real images have no learned labels: beside a set with such, they are trained on with classes.
+    Random real images always have a student with classes: labels of a teacher may cost accuracy.
     """
     settings, kind = config.evaluate, config.relabel.labels
-    found = [("distilled", kind)]
+    found = [("distilled", kind), *([(CHOSEN, kind)] if roles.chosen else [])]
     if settings.random:
-        found.append(("random", baseline(kind)))
+        found += dict.fromkeys([("random", baseline(kind)), RANDOM_PLAIN])
     if settings.full_epochs:
         found.append(("full", "online" if KINDS[kind].teacher else HARD))
     if settings.matrix:
@@ -82,11 +83,16 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
     inputs = real(config)
     if KINDS[student.labels].teacher:
         inputs["teacher"] = "teacher"
-    if student.set in ("distilled", "initial"):
-        inputs["images"] = roles.distilled if student.set == "distilled" else roles.initial
+    given: dict[str, Any] = {"student": student.to_dict(), "epochs": epochs}
+    where = {"distilled": roles.distilled, "initial": roles.initial, CHOSEN: roles.chosen}
+    if student.set in where:
+        inputs["images"] = where[student.set]
     if student.set == "distilled" and student.labels == config.relabel.labels:
         inputs["labels"] = roles.labels
-    given: dict[str, Any] = {"student": student.to_dict(), "epochs": epochs}
+    if student.set == CHOSEN:
+        inputs["labels"] = roles.chosen_labels
+        of_kind = {which for which, labels in cells(config, roles) if labels == student.labels}
+        given["twins"] = sorted(of_kind & {"distilled", "initial", "random"})
     if student.part:
         inputs["grouping"] = "grouping"
         given["groups"] = groups_of(config)
@@ -94,7 +100,7 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
     return Stage(
         name=student.name,
         kind="student",
-        version=5,
+        version=6,
         run="ltdd_scale.judging.student:run",
         reads={
             "training": Section("evaluate", Training),
@@ -163,7 +169,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     return Stage(
         name="evaluate",
         kind="evaluate",
-        version=3,
+        version=4,
         run="ltdd_scale.judging.verdict:run",
         reads={
             **places("seed", "relabel.labels", "evaluate.split", "evaluate.matrix"),
@@ -171,13 +177,18 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
             # What labels cost.
             **places("ipc", "relabel.topk", "evaluate.epochs", "evaluate.full_epochs"),
             "label_epochs": "relabel.epochs",
-            # Which head of the teacher is its plain one.
-            **(places("train.debias") if settings.plain == "expert" else {}),
+            # What the teacher would say, had it not been balanced.
+            **(places("teacher.recipe", "teacher.prior") if settings.plain == "expert" else {}),
             **more,
             **seen(config),
         },
         given={"judged": {title: list(where) for title, where in roles.judged.items()}},
-        inputs={**real(config), **judged, **{s.name: s.name for s in above}},
+        inputs={
+            **real(config),
+            **judged,
+            **({"choose": roles.chosen} if roles.chosen else {}),
+            **{s.name: s.name for s in above},
+        },
         division=Division.ONE,
         cost="ltdd_scale.judging.cost:verdict",
         help="train and judge students",

@@ -1,8 +1,9 @@
 """Stage "student": one network trained from scratch on one set of images, and judged once.
 
-The set is the distilled images, those they started from, random real images of the same IPC, or
-the whole long-tailed set. Under the protocol two_stage a student may tell apart a part of the
-classes only (`subsets.py`). Nothing is chosen on the test set: the last weights count.
+The set is the distilled images, those they started from, random real images of the same IPC, those
+of them that were chosen, or the whole long-tailed set. Under the protocol two_stage a student may
+tell apart a part of the classes only (`subsets.py`). Nothing is chosen on the test set: the last
+weights count.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ltdd_scale.data import chosen, distilled
-from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images, MemoryImages
-from ltdd_scale.data.loader import open_images, prepare, stream_images
+from ltdd_scale.data.loader import open_images, prepare, some_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
+from ltdd_scale.judging import choice
 from ltdd_scale.judging.metrics import logit_adjusted, metrics
-from ltdd_scale.judging.saved import LOGITS
+from ltdd_scale.judging.saved import AS, LOGITS
 from ltdd_scale.judging.subsets import Part, part_of
 from ltdd_scale.judging.training import Setup, train
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Labels, Maker
 from ltdd_scale.labels.views import view_spec
 from ltdd_scale.models import frozen, registry
-from ltdd_scale.results import NUMBERS, WHOLE_SETS, Student
+from ltdd_scale.results import CHOSEN, NUMBERS, WHOLE_SETS, Student
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 
@@ -51,6 +52,12 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     It is judged by the logits as they are kept: who reads them finds the same numbers.
     """
     who, ranks = Student(**settings.student), context.ranks
+    if who.set == CHOSEN:
+        which = choice.chosen_for(context.input("images"), who.labels)
+        if which in settings.twins:  # their student stands for this one
+            row = {**who.to_dict(), AS: which}
+            files.write_json(context.out / "result.json", {"row": row, "loss": []})
+            return {"note": f"the student of {choice.CALLED[which]} images"}
     split = ShardSplit(context.input("shard"), "train")
     part = part_of(who.part, context.input("grouping")) if who.part else None
     setup = _setup(who, settings, context, split, part)
@@ -171,10 +178,7 @@ def _images(who: Student, settings: Any, context: Context, split: ShardSplit) ->
     if who.set in WHOLE_SETS:
         return open_images(split, seen, device, context.workers)
     drawn = chosen.random_real(split.labels, len(split.classes), settings.ipc, who.seed)
-    plans = [(part, None) for part in np.split(drawn, range(256, len(drawn), 256))]
-    streamed = stream_images(split, seen, device, context.workers)
-    shown = streamed.stream(plans, ViewSpec(seen.resolution))
-    pixels = np.concatenate([distilled.to_uint8(part) for part in shown])
+    pixels = some_images(split, drawn, seen, device, context.workers)
     return MemoryImages(pixels, split.labels[drawn], device)
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.late import Late
 from ltdd_scale.runtime.ranks import Ranks, rng, torch_seed
 
+Source = Literal["both", "soft", "hard"]  # what an epoch learns from
 LOG_EVERY = 5.0  # seconds between two writes of log.jsonl: an epoch may take milliseconds
 
 
@@ -159,7 +160,9 @@ class _Work:
             group["lr"] = learning_rate(training, done)
         classes, soft = setup.labels.targets(epoch, drawn, indices, x, self.ranks)
         logits = forward(self.student, x, self.ranks)
-        loss = student_loss(logits, classes, soft, training.kappa_ce, training.kappa_mse)
+        loss = epoch_loss(
+            logits, classes, soft, training, learned_from(training, epoch, setup.epochs)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -204,16 +207,67 @@ def learning_rate(training: Training, done: float) -> float:
     return training.lr * 0.5 ** sum(done >= mark for mark in (0.8, 0.9, 0.95))
 
 
-def student_loss(
-    logits: Tensor, classes: Tensor, teacher: Tensor | None, kappa_ce: float, kappa_mse: float
-) -> Tensor:
-    """κ1 · CE(s(x), y) + κ2 · MSE(s(x), teacher logits); the plain cross-entropy where there are
-    no soft labels.
+def learned_from(training: Training, epoch: int, epochs: int) -> Source:
+    """What `epoch` of `epochs` learns from.
 
-    `classes` float [b, C] are the mixed classes, `teacher` float [b, C] the logits.
+    soft_hard_soft is the order of HALD (Cui et al., arXiv 2512.15647) with the shares of its
+    released code: half of the epochs learn from the class, and half of the others come before. Of
+    an odd number, what is left over goes to the soft labels, and to the last part of them.
+    """
+    if training.order == "both":
+        return "both"
+    hard = epochs // 2
+    first = (epochs - hard) // 2
+    return "hard" if first <= epoch < first + hard else "soft"
+
+
+def epoch_loss(
+    logits: Tensor, classes: Tensor, teacher: Tensor | None, training: Training, source: Source
+) -> Tensor:
+    """`student_loss` of an epoch that learns from `source`. Where there are no soft labels, all
+    epochs learn from the class."""
+    return student_loss(
+        logits,
+        classes,
+        None if source == "hard" else teacher,
+        0.0 if source == "soft" else training.kappa_ce,
+        training.kappa_mse,
+        training.soft_loss,
+        training.temperature,
+    )
+
+
+def student_loss(
+    logits: Tensor,
+    classes: Tensor,
+    teacher: Tensor | None,
+    kappa_ce: float,
+    kappa_mse: float,
+    soft_loss: str = "mse",
+    temperature: float = 1.0,
+) -> Tensor:
+    """κ1 · CE(s(x), y) + κ2 · (the soft term); the plain cross-entropy where there are no soft
+    labels.
+
+    `logits` s(x), `classes` y, which are mixed, and the `teacher`'s logits t are float [b, C]. The
+    soft term is the mean squared error of s(x) and t, or with "kl" the mean over images of
+    T² · KL(softmax(t / T) ‖ softmax(s(x) / T)) (Hinton et al., 2015).
     """
     ce = -(classes * F.log_softmax(logits, 1)).sum(1).mean()
-    return ce if teacher is None else kappa_ce * ce + kappa_mse * F.mse_loss(logits, teacher)
+    if teacher is None:
+        return ce
+    if soft_loss == "kl":
+        soft = _divergence(logits, teacher, temperature)
+    else:
+        soft = F.mse_loss(logits, teacher)
+    return kappa_ce * ce + kappa_mse * soft
+
+
+def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(logits / T)), the mean over rows: T² keeps the size of
+    the gradient."""
+    p, q = (F.log_softmax(z / temperature, 1) for z in (teacher, logits))
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def _entries(history: list[float]) -> list[dict[str, Any]]:

@@ -13,26 +13,26 @@ from torch import Tensor
 from ltdd_scale.data.images import Images
 from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.judging import pairs
+from ltdd_scale.judging import choice, ladder, pairs
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
 from ltdd_scale.judging.saved import Saved, save_arrays
 from ltdd_scale.judging.student import PLAIN
-from ltdd_scale.labels.catalog import baseline
+from ltdd_scale.labels.catalog import KINDS, baseline
 from ltdd_scale.labels.cost import stored_bytes
 from ltdd_scale.models import frozen
-from ltdd_scale.results import WHOLE_SETS, labels_of
+from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, TEACHER, WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
 
-TEACHER = "teacher"  # the title of the judged network whose plain head may stand in
 Row = dict[str, Any]
 
 
 def run(settings: Any, context: Context) -> dict[str, Any]:
-    """Write ``results.json``: rows of the configured labels, the summary over seeds, the matrix,
-    and the loss curves of the first seed's students; where classes are grouped, all pairs of two
-    stages (`pairs.py`). And ``confusion.npz``: int32 [C, C], rows are the true classes."""
+    """Write ``results.json``: rows of the configured labels and of random real images with classes,
+    the summary over seeds with the ladder and its warnings (`ladder.py`), the matrix, and the loss
+    curves of the first seed's students; where classes are grouped, all pairs of two stages
+    (`pairs.py`). And ``confusion.npz``: int32 [C, C], rows are the true classes."""
     if not context.ranks.is_main:
         return {}
     saved = Saved(context.inputs, settings.labels)
@@ -60,7 +60,14 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     if plain:
         summary["plain"] = plain_students(plain)
     elif settings.plain == "expert" and TEACHER in judged:
-        summary["plain"] = _plain_head(judged[TEACHER], settings.debias, test)
+        summary["plain"] = _stand_in(judged[TEACHER], settings, test)
+    if "choose" in context.inputs:
+        summary["choice"] = choice.read(context.input("choose"))
+        summary["students"] += choice.entries(summary)
+    summary["ladder"] = ladder.rungs(summary)
+    summary["warnings"] = ladder.warnings(summary["ladder"], _labelled(settings, small))
+    for warning in summary["warnings"]:
+        context.say(f"warning: {warning}")
     results = {
         "rows": [r for r in rows if _is_shown(r, summary)],
         "summary": summary,
@@ -157,23 +164,35 @@ def _test(settings: Any, context: Context) -> _Test:
     )
 
 
-def _plain_head(teacher: frozen.Frozen, debiased: bool, test: _Test) -> list[Row]:
-    """The plain head of the teacher instead of a plain network. An expert that was not debiased is
-    a plain network: its other head is the one it has trained."""
-    head = teacher.plain_logits if debiased else teacher.logits
-    numbers, logits = test.judge(head)
-    adjusted = metrics(logit_adjusted(logits, test.train_counts), test.labels, test.groups)
-    title, net = "teacher's plain head", teacher.recipe["net"]
-    return [
-        {"title": title, "net": net, **mean_of([numbers])},
-        {"title": f"{title}, logit-adjusted", "net": net, **mean_of([adjusted])},
-    ]
+def _stand_in(teacher: frozen.Frozen, settings: Any, test: _Test) -> list[Row]:
+    """The teacher as a plain network: by its plain head, or with the prior put back that training
+    took out of its logits. With all of the prior out of them, the adjusted network is the teacher
+    itself, and has no row of its own."""
+    net, title = teacher.recipe["net"], "teacher's plain head"
+    counts, tau = test.train_counts, 0.0
+    network = teacher.plain_logits
+    if settings.recipe == "balanced":
+        title, tau, network = "teacher, prior put back", settings.prior, teacher.logits
+    _, logits = test.judge(network)
+    plain = metrics(logit_adjusted(logits, counts, -tau), test.labels, test.groups)
+    out = [{"title": title, "net": net, **mean_of([plain])}]
+    if tau != 1:
+        found = metrics(logit_adjusted(logits, counts, 1 - tau), test.labels, test.groups)
+        out.append({"title": f"{title}, logit-adjusted", "net": net, **mean_of([found])})
+    return out
+
+
+def _labelled(settings: Any, rows: list[Row]) -> bool:
+    """Whether anyone learns labels of a teacher."""
+    return any(KINDS[kind].teacher for kind in {settings.labels, *(r["labels"] for r in rows)})
 
 
 def _is_shown(row: Row, summary: dict[str, Any]) -> bool:
     """Whether a row belongs to the result, and not to the label matrix alone."""
     configured = row["labels"] == labels_of(row["set"], summary)
-    return (configured and row["set"] in ("distilled", "random")) or row["set"] in WHOLE_SETS
+    if (row["set"], row["labels"]) == RANDOM_PLAIN or row["set"] in WHOLE_SETS:
+        return True
+    return configured and row["set"] in ("distilled", "random", CHOSEN)
 
 
 def _curve(found: dict[str, Any]) -> Row:

@@ -7,13 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltdd_scale.data.augment import Views
 from ltdd_scale.labels.contract import Maker
 
 
 def whole_logits(maker: Maker) -> Tensor:
     """The teacher's logits on each whole, unaugmented image, float32 [n, C], not adjusted."""
+    return logits_of(maker, None)
+
+
+def logits_of(maker: Maker, views: Views | None) -> Tensor:
+    """The teacher's logits on one view of each image, float32 [n, C], not adjusted. `views`: of all
+    images, as `ViewSpec.draw` draws them; None: the whole images."""
     size, order = maker.relabel.batch_size, np.arange(len(maker.images.labels))
-    plans = [(order[i : i + size], None) for i in range(0, len(order), size)]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    plans = [(batch, None if views is None else views[batch]) for batch in batches]
     shown = maker.images.stream(plans, maker.spec)
     return torch.cat([maker.teach(maker.normalize(x)) for x in shown])
 

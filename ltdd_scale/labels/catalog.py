@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from ltdd_scale.labels.settings import Adjusted, Stored
+from ltdd_scale.labels.settings import Adjusted, Single, Stored
 from ltdd_scale.settings import Settings
 
 HARD = "hard"  # the kind that every image has
@@ -47,7 +47,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("online", "ltdd_scale.labels.online", Adjusted, teacher=True, each_view=True),
         Kind("stored", "ltdd_scale.labels.stored", Stored, teacher=True, views=True),
-        Kind(SINGLE, "ltdd_scale.labels.single", Adjusted, teacher=True),
+        Kind(SINGLE, "ltdd_scale.labels.single", Single, teacher=True),
         Kind(HARD, "ltdd_scale.labels.hard", None, teacher=False),
         Kind("learned", "ltdd_scale.labels.learned", None, teacher=False, of_set=True),
     )

@@ -41,7 +41,8 @@ def relabel(settings: Any, facts: Facts) -> Cost:
         return Cost()
     images, side = facts.num_classes * settings.ipc, settings.images.resolution
     net = (settings.net, settings.width, settings.norm, side)
-    passes, bytes_a_label = 1, FLOAT * facts.num_classes  # of single labels, whatever the kind
+    single = settings.single if kind.of_views else settings.relabel
+    passes, bytes_a_label = single.views, FLOAT * facts.num_classes  # whatever the kind
     if kind.of_views:
         passes += settings.relabel.adjust
     if kind.views:

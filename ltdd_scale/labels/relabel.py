@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ltdd_scale.data.distilled import Distilled
@@ -28,7 +29,8 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         maker = _maker(kind, settings, context)
         facts |= kind.code().make(maker, context.out, context)
         if kind.of_views:
-            KINDS[SINGLE].code().make(maker, context.out, context)
+            single = dataclasses.replace(maker, relabel=settings.single)
+            KINDS[SINGLE].code().make(single, context.out, context)
     if context.ranks.is_main:
         files.write_json(context.out / "labels.json", facts)
     return facts
@@ -42,7 +44,7 @@ def _maker(kind: Kind, settings: Any, context: Context) -> Maker:
     teacher = None
     if kind.teacher:
         teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
-    # Kinds whose labels do not belong to views look at whole images only.
+    # Where no view is drawn, the teacher looks at whole images only.
     views = settings.views if "views" in settings else Views()
     return Maker(
         images=held.images(ranks.device, seen.memory_gb),

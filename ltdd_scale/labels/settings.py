@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltdd_scale.settings import Areas, Settings, Switch, Text, Whole, option
+from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, option
 
 
 class Views(Settings):
@@ -20,7 +20,26 @@ class Adjusted(Settings):
     adjust: Switch = option(
         False, "ADSA: subtract τ·log π from the teacher's logits, τ found on the distilled images"
     )
+    class_share: Number = option(
+        0.0,
+        "online, stored, single: λ, share of the image's class in a soft label, p = (1 − λ) · "
+        "softmax of the teacher's logits + λ · class; 0: the logits as they are; the class alone "
+        "is labels=hard",
+        low=0,
+        high=0.99,
+    )
     batch_size: Whole = option(256, "images a teacher pass", low=1)
+
+
+class Single(Adjusted):
+    """What one soft label an image depends on."""
+
+    views: Whole = option(
+        1,
+        "single: the label is the mean of the teacher's logits over as many views; 1: the whole "
+        "image; more: and views drawn as a student draws them (section evaluate), without CutMix",
+        low=1,
+    )
 
 
 class Stored(Adjusted):
@@ -32,7 +51,7 @@ class Stored(Adjusted):
     )
 
 
-class Relabel(Stored):
+class Relabel(Single, Stored):
     """Soft labels."""
 
     labels: Text = option(

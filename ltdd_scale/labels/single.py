@@ -1,4 +1,8 @@
-"""Labels "single": one soft label an image, the teacher's logits on the whole image."""
+"""Labels "single": one soft label an image, the teacher's logits on the whole image.
+
+Or their mean over the whole image and some views, with a share of the class: see `Single` in
+`settings.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ltdd_scale.data import distilled
-from ltdd_scale.labels.adjust import shift_of, shifted, tau_of, whole_logits
-from ltdd_scale.labels.contract import Maker
+from ltdd_scale.labels.adjust import logits_of, shift_of, shifted, tau_of, whole_logits
+from ltdd_scale.labels.contract import Maker, label_key
+from ltdd_scale.labels.mixture import with_class
 from ltdd_scale.labels.views import EpochViews, mix, onehot
-from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.runtime.ranks import Ranks, rng
 
-FILE = "single.npy"  # float32 [n, C], adjusted
+FILE = "single.npy"  # float32 [n, C], adjusted and with the class's share: what students learn
 
 
 class Single:
@@ -37,10 +42,31 @@ class Single:
 
 
 def _table(maker: Maker) -> tuple[Tensor, float]:
-    """(adjusted logits float32 [n, C], τ)."""
-    logits = whole_logits(maker)
+    """(logits float32 [n, C], adjusted and with the class's share, τ). τ is found on the mean over
+    views, which is what is adjusted."""
+    logits, device = mean_logits(maker), maker.ranks.device
     tau = tau_of(maker, logits)
-    return shifted(logits, shift_of(tau, maker.train_counts, maker.ranks.device)), tau
+    found = shifted(logits, shift_of(tau, maker.train_counts, device))
+    share = maker.relabel.class_share
+    if share:
+        every = torch.arange(len(found), device=device)
+        classes = onehot(maker.images.labels, maker.num_classes, device)[every]
+        found = with_class(found, classes, share)
+    return found, tau
+
+
+def mean_logits(maker: Maker) -> Tensor:
+    """The teacher's logits, their mean over the whole image and `relabel.views` − 1 views of it,
+    float32 [n, C], not adjusted.
+
+    Views are drawn from `maker.spec`, as a student's are, from (the labels' seed, number of the
+    view) for all images at once: the same for any batch size, on any rank.
+    """
+    total, wanted = whole_logits(maker), maker.relabel.views
+    for k in range(1, wanted):
+        draw = rng(label_key(maker.seed), "views of single labels", k)
+        total = total + logits_of(maker, maker.spec.draw(draw, maker.images.sizes))
+    return total / wanted
 
 
 def make(maker: Maker, folder: Path, context: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ltdd_scale.data.settings import Seen
-from ltdd_scale.labels.catalog import KINDS
-from ltdd_scale.labels.settings import Views
+from ltdd_scale.labels.catalog import KINDS, SINGLE
+from ltdd_scale.labels.settings import Single, Views
 from ltdd_scale.stage import Section, Stage, places
 
 
@@ -16,20 +16,23 @@ def reads(kind: str) -> dict[str, Any]:
     return {"relabel": Section("relabel", found.settings)} if found.settings else {}
 
 
-def stage(config: Any, distilled: str) -> Stage:
+def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
     """Labels of the distilled set, which lies in the folder of the stage `distilled`."""
     kind = KINDS[config.relabel.labels]
-    views = {"views": Section("evaluate", Views), "student_epochs": "evaluate.epochs"}
+    single = kind.name == SINGLE or kind.of_views  # the kind itself, or labels beside it
+    drawn = kind.views or (single and config.relabel.views > 1)
     # What the work costs. The inputs' fingerprints hold these already.
     size = {**places("ipc"), **places("teacher.net", "teacher.width", "teacher.norm")}
     return Stage(
-        name="relabel",
+        name=name,
         kind="relabel",
         version=4 if kind.of_views else 3,  # 4: with single labels beside them
         run="ltdd_scale.labels.relabel:run",
         reads={
             **reads(kind.name),
-            **(views if kind.views else {}),
+            **({"views": Section("evaluate", Views)} if drawn else {}),
+            **({"student_epochs": "evaluate.epochs"} if kind.views else {}),
+            **({"single": Section("relabel", Single)} if kind.of_views else {}),
             **(size if kind.teacher else places("ipc") if kind.of_set else {}),
             **places("seed", "runtime.precision"),
             "images": Section("data", Seen),

@@ -17,6 +17,7 @@ from ltdd_scale.data import distilled
 from ltdd_scale.errors import UserError
 from ltdd_scale.labels.adjust import shift_of, shifted, tau_of
 from ltdd_scale.labels.contract import Maker, label_key
+from ltdd_scale.labels.mixture import with_class
 from ltdd_scale.labels.views import EpochViews, draw_epoch, mix, onehot, render
 from ltdd_scale.runtime.ranks import Ranks
 
@@ -91,15 +92,20 @@ def fresh(maker: Maker) -> Stored:
 
 
 def store_epoch(maker: Maker, epoch: int, shift: Tensor | None) -> Packed:
-    """The packed, adjusted teacher logits of one epoch's views of every image."""
+    """The packed teacher logits of one epoch's views of every image, adjusted and with the class's
+    share, which is that of the view."""
     images, size = maker.images, maker.relabel.batch_size
     key, cutmix = label_key(maker.seed), maker.views.cutmix
     drawn = draw_epoch(maker.spec, images.sizes, key, epoch, cutmix)
     order = np.arange(len(images.labels))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     shown = render(images, drawn, batches, maker.spec, maker.normalize)
-    logits = torch.cat([maker.teach(x) for x in shown])
-    return pack(shifted(logits, shift), maker.relabel.topk)
+    logits = shifted(torch.cat([maker.teach(x) for x in shown]), shift)
+    share = maker.relabel.class_share
+    if share:
+        classes = mix(onehot(images.labels, maker.num_classes, logits.device), drawn, order)
+        logits = with_class(logits, classes, share)
+    return pack(logits, maker.relabel.topk)
 
 
 def pack(logits: Tensor, topk: int) -> Packed:

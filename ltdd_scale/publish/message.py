@@ -9,7 +9,7 @@ from typing import Any
 from scipy import special
 
 from ltdd_scale.publish.tables import HEADINGS, KINDS, PUBLISHED, cell, numbers
-from ltdd_scale.results import labels_of
+from ltdd_scale.results import is_adjusted, labels_of, plain_name
 
 Entry = Mapping[str, Any]
 CONFIDENCE = 0.95  # of the two-sided test (Welch's) by which a difference is more than noise
@@ -72,14 +72,8 @@ def two_stages(results: Entry) -> list[str]:
 
 def adjusted(summary: Entry, net: str) -> Entry | None:
     """The plain network on the whole set after logit adjustment: of `net`, or what stands in."""
-    found = [e for e in summary.get("plain", []) if e["title"].endswith("logit-adjusted")]
+    found = [e for e in summary.get("plain", []) if is_adjusted(e["title"])]
     return next((e for e in found if e["net"] == net), found[0] if found else None)
-
-
-def plain_name(title: str) -> str:
-    """What the network of a plain entry is called, from the title of the entry."""
-    name = title.partition(",")[0]
-    return "the plain network" if name == "plain" else f"the {name}"
 
 
 def _number_said(number: str) -> str:

@@ -33,6 +33,7 @@ from ltdd_scale.publish.tables import (
     numbers,
     rows,
     stage_rows,
+    warnings,
 )
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.progress import duration
@@ -74,6 +75,7 @@ def render(
         .render(
             title=material.name,
             lead=[s.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%") for s in lead],
+            warnings=warnings(page.summary),
             about=page.about(),
             first=page.drawing("message"),
             sections=sections,

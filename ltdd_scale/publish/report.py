@@ -14,7 +14,7 @@ from ltdd_scale.publish.material import FOLDER, Material
 from ltdd_scale.publish.tables import markdown, stage_rows, table
 from ltdd_scale.runtime import files
 
-VERSION = 4  # raised when a report looks different for the same material
+VERSION = 5  # raised when a report looks different for the same material
 MARK = ".report"
 WHOLE = (MARK, "results.json", "results.md", "report.html", f"{FOLDER}/files.json")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ltdd_scale.results import labels_of
+from ltdd_scale.results import RANDOM_PLAIN, RANDOM_PLAIN_TITLE, labels_of
 
 SHOWN = {
     "distilled": "distilled",
@@ -13,7 +13,8 @@ SHOWN = {
     "random": "random real",
     "full": "whole long-tailed set",
 }
-ORDER = {"distilled": 0, "initial": 1, "random": 2, "full": 3, "plain": 4}
+# Titles in the order of their rows; the plain network comes after them.
+ORDER = (SHOWN["distilled"], SHOWN["random"], RANDOM_PLAIN_TITLE, SHOWN["full"])
 HEADINGS = {
     "top1": "top-1",
     "balanced": "balanced",
@@ -57,10 +58,11 @@ def cell(entry: dict[str, Any], number: str) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """All tables as Markdown: the results, the label matrix and the published pair of stages, where
-    there are such."""
+    """All tables as Markdown, after the warnings: the results, the label matrix and the published
+    pair of stages, where there are such."""
     first = HEADINGS[numbers(results["summary"])[0]]
-    text = markdown(rows(results))
+    text = "".join(f"{said}\n\n" for said in warnings(results["summary"]))
+    text += markdown(rows(results))
     if results["matrix"]:
         text += f"\n\nThe label matrix ({first}):\n\n" + matrix_table(results)
     if pairs := stage_rows(results, published=True):
@@ -68,8 +70,14 @@ def table(results: dict[str, Any]) -> str:
     return text
 
 
+def warnings(summary: dict[str, Any]) -> list[str]:
+    """What the verdict warns of, each a sentence of its own. Older results warn of nothing."""
+    return [f"Warning: {text}." for text in summary.get("warnings", [])]
+
+
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """The set beside random real images, the whole long-tailed set and the experts."""
+    """The set beside random real images with the same labels and with classes, the whole
+    long-tailed set and the experts."""
     summary = results["summary"]
     shown = numbers(summary)
     out = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
@@ -80,22 +88,26 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(title, entry) of the students with the configured labels (`results.labels_of`), net by net:
-    the set, random real images, the whole long-tailed set, the plain network on it."""
+    """(title, entry) of the students of a result, net by net: in `ORDER`, then the plain network on
+    the whole set. Those of the label matrix alone are left out."""
     nets = {e["net"] for e in summary["students"]}
-    found = [
-        (SHOWN[e["set"]], ORDER[e["set"]], e)
-        for e in summary["students"]
-        if e["set"] == "full" or (e["set"] in ("distilled", "random") and _configured(e, summary))
-    ]
+    found = []
+    for e in summary["students"]:
+        if title := _title(e, summary):
+            found.append((title, ORDER.index(title), e))
     for e in summary.get("plain", []):
-        found.append((e["title"], ORDER["plain"], {"labels": "hard", **e}))
+        found.append((e["title"], len(ORDER), {"labels": "hard", **e}))
     found.sort(key=lambda item: (item[2]["net"] not in nets, item[2]["net"], item[1]))
     return [(title, e) for title, _, e in found]
 
 
-def _configured(entry: dict[str, Any], summary: dict[str, Any]) -> bool:
-    return entry["labels"] == labels_of(entry["set"], summary)
+def _title(entry: dict[str, Any], summary: dict[str, Any]) -> str:
+    """What the row of a student is called; nothing where it stands in the label matrix alone."""
+    which, labels = entry["set"], entry["labels"]
+    configured = which in ("distilled", "random") and labels == labels_of(which, summary)
+    if which == "full" or configured:
+        return SHOWN[which]
+    return RANDOM_PLAIN_TITLE if (which, labels) == RANDOM_PLAIN else ""
 
 
 def matrix_table(results: dict[str, Any]) -> str:

@@ -1,0 +1,119 @@
+"""Stage "choose": which images are kept, for each kind of label, by short students on validation
+images. Writes ``choice.json`` and, as a distilled set, the images for the configured labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltdd_scale.data import chosen, distilled
+from ltdd_scale.data.distilled import Distilled
+from ltdd_scale.data.loader import some_images
+from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.results import CHOSEN
+from ltdd_scale.runtime import files
+from ltdd_scale.runtime.context import Context
+
+FILE = "choice.json"
+CALLED = {"distilled": "distilled", "initial": "initial", "random": "random real"}
+NUMBER = "balanced"  # what is best is best by: the mean over classes
+
+# The numbers of the tried sets: set → what `_means` gives.
+Tried = Mapping[str, Mapping[str, Any]]
+
+
+def best(tried: Tried) -> str:
+    """The set with the highest mean. The first one of `tried` where means are equal."""
+    return max(tried, key=lambda which: tried[which][NUMBER])
+
+
+def table(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Label kind → {"set": the best one, "tried": the numbers of each set, means over seeds}, out
+    of the `rows` of short students."""
+    out = {}
+    for kind in kinds:
+        own = [row for row in rows if row["labels"] == kind]
+        sets = dict.fromkeys(row["set"] for row in own)
+        tried = {s: _means([r for r in own if r["set"] == s]) for s in sets}
+        out[kind] = {"set": best(tried), "tried": tried}
+    return out
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over seeds: the means of the numbers, the standard deviation of the one that counts."""
+    values = np.asarray([row[NUMBER] for row in rows])
+    return {
+        NUMBER: round(float(values.mean()), 3),
+        f"{NUMBER}_std": round(float(values.std(ddof=1)), 3) if len(rows) > 1 else None,
+        "class_std": round(float(np.mean([row["class_std"] for row in rows])), 3),
+        "num_seeds": len(rows),
+    }
+
+
+def entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was chosen for labels that are not the configured ones, as entries of the verdict's
+    `summary`: those of the chosen sets, where there are such."""
+    kinds = {k: c["set"] for k, c in summary["choice"]["kinds"].items() if k != summary["labels"]}
+    return [
+        {**entry, "set": CHOSEN}
+        for entry in summary["students"]
+        if kinds.get(entry["labels"]) == entry["set"]
+    ]
+
+
+def said(kind: str, choice: Mapping[str, Any]) -> str:
+    """A sentence on the choice for a kind of label."""
+    tried = choice["tried"]
+    numbers = ", ".join(f"{CALLED[s]} {tried[s][NUMBER]:.1f}" for s in tried)
+    return f"{kind} labels: {CALLED[choice['set']]} images are kept ({numbers})"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What ``choice.json`` says: "kinds" (see `table`), "epochs" of a short student."""
+    return files.read_json(folder / FILE)
+
+
+def chosen_for(folder: Path, kind: str) -> str:
+    """The set that was chosen for labels of `kind`."""
+    return read(folder)["kinds"][kind]["set"]
+
+
+def run(settings: Any, context: Context) -> dict[str, Any]:
+    """Choose, and put the images that were chosen for the configured labels together."""
+    if not context.ranks.is_main:
+        return {}
+    trials = [folder for name, folder in context.inputs.items() if name.startswith("trial/")]
+    rows = [files.read_json(folder / "result.json")["row"] for folder in trials]
+    found = table(rows, settings.kinds)
+    for kind, choice in found.items():
+        context.say(f"choose: {said(kind, choice)}")
+    which = found[settings.kinds[0]]["set"]
+    split = ShardSplit(context.input("shard"), "train")
+    if which == "random":
+        _put_random(split, settings, context)
+    else:
+        _copy(Distilled(context.input(which), len(split.classes)), context.out)
+    files.write_json(context.out / FILE, {"kinds": found, "epochs": settings.epochs})
+    return {"chosen": which}
+
+
+def _put_random(split: ShardSplit, settings: Any, context: Context) -> None:
+    """The random real images that the student of the config's seed has."""
+    drawn = chosen.random_real(split.labels, len(split.classes), settings.ipc, settings.seed)
+    pixels = some_images(split, drawn, settings.images, context.ranks.device, context.workers)
+    names = split.names
+    for label in range(len(split.classes)):
+        at = slice(label * settings.ipc, (label + 1) * settings.ipc)
+        rows = [{"image": int(i), "source": names[i]} for i in drawn[at]]
+        distilled.write_class(context.out, label, pixels[at], rows)
+
+
+def _copy(source: Distilled, folder: Path) -> None:
+    for label in range(source.num_classes):
+        rows = source.provenance(label) or None
+        distilled.write_class(folder, label, np.asarray(source.load(label)), rows)
+    if hints := source.hints():
+        distilled.write_hints(folder, hints)

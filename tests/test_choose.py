@@ -1,0 +1,129 @@
+"""The choice between the distilled images, those they started from and random real ones."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, cli, folder_of
+
+from ltdd_scale import recipe
+from ltdd_scale.config.root import Config, check
+from ltdd_scale.data.distilled import Distilled
+from ltdd_scale.errors import UserError
+from ltdd_scale.judging import choice, choose
+from ltdd_scale.judging.saved import Saved
+
+HELD = {"data": {"val_per_class": 5}}
+
+
+def names(config) -> list[str]:
+    return [stage.name for stage in recipe.stages(config, "")]
+
+
+def rows(**numbers):
+    """Two seeds of each set, at a distance of 2."""
+    return [
+        {"set": which, "labels": labels, "balanced": value + d, "class_std": 1.0}
+        for labels, sets in numbers.items()
+        for which, value in sets.items()
+        for d in (-1, 1)
+    ]
+
+
+def test_the_best_mean_is_kept_for_each_kind_of_label():
+    found = choice.table(
+        rows(
+            single={"distilled": 40.0, "initial": 41.0, "random": 39.0},
+            hard={"distilled": 30.0, "initial": 30.0, "random": 30.0},
+        ),
+        ["single", "hard"],
+    )
+    assert found["single"]["set"] == "initial"
+    assert found["hard"]["set"] == "distilled", "the method's own, where nothing is better"
+    tried = found["single"]["tried"]["random"]
+    assert tried["balanced"] == 39 and tried["num_seeds"] == 2
+    assert tried["balanced_std"] == pytest.approx(np.sqrt(2), abs=1e-3)
+    said = choice.said("single", found["single"])
+    assert said == (
+        "single labels: initial images are kept (distilled 40.0, initial 41.0, random real 39.0)"
+    )
+
+
+def test_images_are_chosen_where_there_are_validation_images():
+    assert "choose" not in names(Config())
+    for data in ({"val_per_class": 5}, {"val_fraction": 0.1}, {"val_list": "val.txt"}):
+        assert "choose" in names(Config(data=data))
+    assert "choose" not in names(Config(**HELD, choose={"how": "never"}))
+    with pytest.raises(UserError, match=r"choose\.how=always needs validation images"):
+        check(Config(choose={"how": "always"}))
+    learned = Config(**HELD, method="damed", relabel={"labels": "learned"})
+    assert "choose" not in names(learned), "its labels are of its own images"
+    with pytest.raises(UserError, match="nothing to choose from"):
+        check(learned.model_copy(update={"choose": Config(choose={"how": "always"}).choose}))
+
+
+def test_trials_are_short_and_judged_on_validation_images():
+    config = Config(**HELD, evaluate={"epochs": 300, "matrix": True}, choose={"seeds": 2})
+    tried = choose.trials(config, recipe.roles(config))
+    kinds = ["online", "stored", "single", "hard"]
+    assert len(tried) == 3 * 2 * len(kinds) and choose.kinds(config) == kinds
+    for stage in tried:
+        assert stage.given["split"] == "val" and "split" not in stage.reads
+        assert stage.given["epochs"] == 30 and "labels" not in stage.inputs
+    without = Config(**HELD, method="mtt", relabel={"labels": "hard"})
+    sets = {s.given["student"]["set"] for s in choose.trials(without, recipe.roles(without))}
+    assert sets == (
+        {"distilled", "random"} | ({"initial"} if recipe.roles(without).initial else set())
+    )
+
+
+def test_a_student_may_stand_for_the_chosen_one(tmp_path):
+    def student(name, **row):
+        folder = tmp_path / name
+        folder.mkdir()
+        row = {"labels": "single", "net": "n", **row}
+        (folder / "result.json").write_text(json.dumps({"row": row, "loss": [row["seed"]]}))
+        return folder
+
+    inputs = {
+        f"student/{k}": student(f"{k}", **row)
+        for k, row in enumerate(
+            [
+                {"set": "distilled", "seed": 0, "balanced": 1.0},
+                {"set": "chosen", "seed": 1, "as": "random"},
+                {"set": "random", "seed": 0, "balanced": 2.0},
+                {"set": "random", "seed": 1, "balanced": 3.0},
+            ]
+        )
+    }
+    found = Saved(inputs, "single").rows
+    assert found[1] == {**found[3], "set": "chosen"} and found[1]["balanced"] == 3.0
+
+
+@pytest.mark.slow
+def test_what_was_chosen_leaves_the_house(tmp_path):
+    """A run whose recovery spoils the images: they are not kept, and the tables say both."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY.replace("how: never", "how: auto, share: 1, seeds: 2"))
+    sets = ["recover.lr=5", "recover.teacher_ce=0", "recover.iterations=40"]
+    sets += [
+        "relabel.labels=hard",
+        "evaluate.epochs=40",
+        "evaluate.lr=0.01",
+        "evaluate.batch_size=8",
+    ]
+    done = cli("run", config, "--out", tmp_path / "run", "--nproc", 1, "--set", *sets)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    kinds = results["summary"]["choice"]["kinds"]
+    kept = kinds["hard"]["set"]
+    assert kept in ("initial", "random") and set(kinds) == {"hard"}
+    assert f"choose: {choice.said('hard', kinds['hard'])}" in done.stderr
+    cells = {e["set"]: e for e in results["summary"]["students"]}
+    assert cells["chosen"]["balanced"] > cells["distilled"]["balanced"]
+    if kept == "random":
+        assert cells["chosen"]["balanced"] == cells["random"]["balanced"]
+    else:
+        images = Distilled(folder_of(tmp_path / "run", "choose"), 10)
+        first = Distilled(folder_of(tmp_path / "run", "initialize"), 10)
+        assert all(np.array_equal(images.load(c), first.load(c)) for c in range(10))
