@@ -9,6 +9,7 @@ import torch
 from one_stage import one_stage
 
 from ltdd_scale.config.root import Config
+from ltdd_scale.data import augment
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import batches, cost, recipes, state, train
 from ltdd_scale.experts.settings import Engine, Expert, Train
@@ -55,13 +56,17 @@ def test_pasted_boxes_and_labels_do_not_depend_on_the_number_of_ranks():
     ones, zeros = torch.ones(6, 3, 32, 32), torch.zeros(6, 3, 32, 32)
     first, second = torch.tensor([[1.0, 0.0]]).repeat(6, 1), torch.tensor([[0.0, 1.0]]).repeat(6, 1)
 
-    def mixed(part):
+    def mixed(part, share=1.0):
         draw, n = recipes.Mix(rng(3), 6, part), part.stop - part.start
-        return recipes.pasted([[ones[:n]], [zeros[:n]]], [first[:n], second[:n]], draw)
+        return recipes.Pasted(share)([[ones[:n]], [zeros[:n]]], [first[:n], second[:n]], draw)
 
     x, y = mixed(slice(0, 6))
     assert torch.allclose(x.mean((1, 2, 3)), y[:, 0], atol=1e-5), "the share of the background"
     assert torch.allclose(y.sum(1), torch.ones(6)) and len(torch.unique(y[:, 0])) == 6
+    some = mixed(slice(0, 6), 0.5)[1][:, 0]
+    assert 0 < (some == 1).sum() < 6, "some images stay whole"
+    assert set(some.tolist()) <= {1.0, *y[:, 0].tolist()}
+    assert torch.equal(mixed(slice(0, 6), 0.0)[0], ones)
     halves = [mixed(part) for part in (slice(0, 3), slice(3, 6))]
     assert torch.equal(torch.cat([h[0] for h in halves]), x)
     assert torch.equal(torch.cat([h[1] for h in halves]), y)
@@ -71,10 +76,13 @@ def test_the_prior_is_how_often_classes_are_shown():
     counts = np.asarray([90, 9, 1])
     assert np.allclose(recipes.prior(counts, (0.0,)), counts / 100)
     assert np.allclose(recipes.prior(counts, (1.0,)), 1 / 3)
-    assert np.allclose(recipes.prior(counts, (0.0, 1.0)), (counts / 100 + 1 / 3) / 2)
-    own = Expert(recipe="balanced", prior=0.5)
+    lam = augment.cutmix_boxes(rng(0), 200_000, 1000)[1]
+    pasted = 0.5 * (1 - float(lam.mean()))
+    both = (1 - pasted) * counts / 100 + pasted / 3
+    assert np.allclose(recipes.prior(counts, (0.0, 1.0), 0.5), both, atol=1e-3)
+    own = Expert(recipe="balanced", prior=0.5, cutmix=0.5, paste_power=1.0)
     log_prior = recipes.RECIPES["balanced"].objective(own, counts, CPU).log_prior
-    assert np.allclose(log_prior, 0.5 * np.log((counts / 100 + 1 / 3) / 2))
+    assert np.allclose(log_prior, 0.5 * np.log(both), atol=0.01)
 
 
 class Held:
@@ -90,8 +98,9 @@ class Held:
 
 MIXINGS = {
     "glmc": recipes.Mixing((0.0, 0.2), 2, recipes.two_views),
-    "pasted": recipes.Mixing((0.0, 1.0), 1, recipes.pasted),
-    "both re-sampled": recipes.Mixing((0.5, 0.5), 1, recipes.pasted),
+    "pasted": recipes.Mixing((0.0, 1.0), 1, recipes.Pasted(0.5)),
+    "both re-sampled": recipes.Mixing((0.5, 0.5), 1, recipes.Pasted(1.0)),
+    "both uniform": recipes.Mixing((0.0, 0.0), 1, recipes.Pasted(1.0)),
     "unmixed": recipes.Mixing((0.0,), 1, recipes.unmixed),
 }
 
@@ -101,8 +110,9 @@ def course(rank=0, world=1, mixing="glmc"):
     return batches.Course(Held(), spec, "s", 11, MIXINGS[mixing], ranks)
 
 
-def test_streams_of_one_power_are_drawn_apart():
-    plans = batches.EpochPlans(course(mixing="both re-sampled"), 0, 0)
+@pytest.mark.parametrize("mixing", ["both re-sampled", "both uniform"])
+def test_streams_of_one_power_are_drawn_apart(mixing):
+    plans = batches.EpochPlans(course(mixing=mixing), 0, 0)
     assert plans.chosen(0, 0).tolist() != plans.chosen(0, 1).tolist()
 
 

@@ -234,7 +234,7 @@ def test_a_student(kind, topk, optimizer, cutmix):
 
 
 @pytest.mark.parametrize(
-    "own", [{"recipe": "glmc"}, {"recipe": "balanced"}, {"recipe": "balanced", "cutmix": False}]
+    "own", [{"recipe": "glmc"}, {"recipe": "balanced"}, {"recipe": "balanced", "cutmix": 0.0}]
 )
 def test_an_expert(own, tmp_path):
     shape = {"net": "convnet3", "width": 4, "epochs": 2, "batch_size": 6, "crop_padding": 1}

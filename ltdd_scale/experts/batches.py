@@ -56,11 +56,12 @@ class EpochPlans(Sequence):
         self.batch_size, self.spec, self.sizes = course.batch_size, course.spec, images.sizes
         self.seed, self.epoch, self.first, self.steps = seed, epoch, first, course.steps
         self.views, self.part = course.mixing.views, course.part
+        first, *others = course.mixing.powers
         self.orders = [
-            _order(images, power, f"{seed}{' first' if k == 0 else ''}", epoch)
-            if power
-            else sampling.uniform(len(images.labels), seed, epoch)
-            for k, power in enumerate(course.mixing.powers)
+            _drawn(images, first, f"{seed} first", epoch)
+            if first
+            else sampling.uniform(len(images.labels), seed, epoch),
+            *(_drawn(images, power, seed, epoch) for power in others),
         ]
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class EpochPlans(Sequence):
         return chosen[self.part], views[self.part]
 
 
-def _order(images: Images, power: float, seed: str, epoch: int) -> np.ndarray:
+def _drawn(images: Images, power: float, seed: str, epoch: int) -> np.ndarray:
     count = len(images.labels)
     return sampling.resampled(images.labels, images.counts, power, count, seed, epoch)
 

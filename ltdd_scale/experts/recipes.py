@@ -19,6 +19,9 @@ from ltdd_scale.experts.losses import Balanced, Debiased, Objective, class_weigh
 from ltdd_scale.experts.settings import Expert
 
 PROJECTION = 256  # width of SimSiam's projector
+# The mean area of CutMix's box: its side is √u, u uniform, and s² / 4 of a side s is cut off where
+# the box leaves the image. ∫ (√u − u / 4)² du = 1/2 − 1/5 + 1/48.
+BOX = 1 / 2 - 1 / 5 + 1 / 48
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ Mixer = Callable[[Sequence[Sequence[Tensor]], Sequence[Tensor], Mix], tuple[Tens
 
 @dataclass(frozen=True)
 class Mixing:
-    """`powers`: of each stream, an image of class c is drawn with weight n_c^(−power), 0 each image
-    once an epoch. `views`: how often each image is seen, and how many views the network is shown.
-    """
+    """`powers`: of each stream, an image of class c is drawn with weight n_c^(−power); of the first
+    stream 0 is each image once an epoch. `views`: how often each image is seen, and how many views
+    the network is shown."""
 
     powers: tuple[float, ...]
     views: int
@@ -77,15 +80,23 @@ def two_views(
     return x, torch.cat(y)
 
 
-def pasted(
-    images: Sequence[Sequence[Tensor]], labels: Sequence[Tensor], draw: Mix
-) -> tuple[Tensor, Tensor]:
-    """CutMix of the second stream into the first, λ ~ Beta(1, 1) for each image. A `Mixer`."""
-    ((background,), (foreground,)) = images
-    boxes, lam = augment.cutmix_boxes(draw.generator, draw.batch_size, background.shape[-1])
-    share = torch.from_numpy(lam[draw.part]).to(labels[0].device, non_blocking=True)[:, None]
-    x = augment.paste(background, foreground, boxes[draw.part])
-    return x, share * labels[0] + (1 - share) * labels[1]
+@dataclass(frozen=True)
+class Pasted:
+    """CutMix of the second stream into the first, λ ~ Beta(1, 1), in a `share` of the images. A
+    `Mixer`."""
+
+    share: float
+
+    def __call__(
+        self, images: Sequence[Sequence[Tensor]], labels: Sequence[Tensor], draw: Mix
+    ) -> tuple[Tensor, Tensor]:
+        ((background,), (foreground,)) = images
+        boxes, lam = augment.cutmix_boxes(draw.generator, draw.batch_size, background.shape[-1])
+        whole = draw.generator.random(draw.batch_size) >= self.share
+        boxes[whole], lam[whole] = 0, 1.0
+        stays = torch.from_numpy(lam[draw.part]).to(labels[0].device, non_blocking=True)[:, None]
+        x = augment.paste(background, foreground, boxes[draw.part])
+        return x, stays * labels[0] + (1 - stays) * labels[1]
 
 
 def unmixed(
@@ -95,13 +106,12 @@ def unmixed(
     return images[0][0], labels[0]
 
 
-def prior(counts: np.ndarray, powers: Sequence[float]) -> np.ndarray:
-    """How often each class is shown by streams of `powers`, float64 [C]: their mean, of sum 1.
-
-    `counts` int [C] are the images of each class.
-    """
+def prior(counts: np.ndarray, powers: Sequence[float], share: float = 0.0) -> np.ndarray:
+    """How often each class is shown, float64 [C], of sum 1, by the first of the streams of `powers`
+    into a `share` of whose images the second is pasted. `counts` int [C]: the images of a class."""
     weights = [counts.astype(np.float64) ** (1 - power) for power in powers]
-    return np.mean([w / w.sum() for w in weights], 0)
+    first, *others = [w / w.sum() for w in weights]
+    return (1 - share * BOX) * first + share * BOX * others[0] if others else first
 
 
 def _glmc_mixing(expert: Expert) -> Mixing:
@@ -115,12 +125,12 @@ def _glmc_objective(expert: Expert, counts: np.ndarray, device: torch.device) ->
 
 def _balanced_mixing(expert: Expert) -> Mixing:
     if expert.cutmix:
-        return Mixing((expert.sample_power, expert.paste_power), 1, pasted)
+        return Mixing((expert.sample_power, expert.paste_power), 1, Pasted(expert.cutmix))
     return Mixing((expert.sample_power,), 1, unmixed)
 
 
 def _balanced_objective(expert: Expert, counts: np.ndarray, device: torch.device) -> Objective:
-    shown = prior(counts, _balanced_mixing(expert).powers)
+    shown = prior(counts, _balanced_mixing(expert).powers, expert.cutmix)
     return Balanced(torch.from_numpy(expert.prior * np.log(shown)).float().to(device))
 
 

@@ -48,9 +48,13 @@ class Expert(Settings):
     sample_power: Number = option(
         0.0, "balanced: per-image weight n_c^(−power) of the images; 1: class-balanced", low=0
     )
-    cutmix: Switch = option(True, "balanced: CutMix of a second stream into the images")
+    cutmix: Number = option(
+        0.5, "balanced: share of the images into which CutMix pastes others", low=0, high=1
+    )
     paste_power: Number = option(
-        1.0, "balanced: per-image weight n_c^(−power) of what CutMix pastes; 0: uniform", low=0
+        0.0,
+        "balanced: per-image weight n_c^(−power) of what CutMix pastes; 1: class-balanced",
+        low=0,
     )
     crop_scale: Areas = option([], "area range of RandomResizedCrop; empty: none")
     crop_padding: Whole = option(
