@@ -138,6 +138,13 @@ def _add_sweep(commands) -> None:
         "0: no limit)",
     )
     p.add_argument("--report", action="store_true", help="only write the report of what is there")
+    p.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder that the data sets of the points lie in: DIR/cifar10 where a config says "
+        "data.path: data/cifar10",
+    )
     _clustered(p, default="local")
 
 
@@ -323,7 +330,8 @@ def _look(args: argparse.Namespace) -> int:
 
             signals.install(term_saves=place.here().notified)
             where = (args.out, args.store)
-            return commands.run_sweep(_options(args), args.file, args.set, *where, args.report)
+            more = (args.report, args.data_root)
+            return commands.run_sweep(_options(args), args.file, args.set, *where, *more)
         case "cancel" | "logs":
             from ltdd_scale.launch import logs
 

@@ -98,6 +98,9 @@ def test_the_class_counts_are_the_documented_ones():
         {"imbalance_factor": 5, "test_per_class": 10, "val_per_class": 20},
         {"profile": "full", "test_per_class": 3},
         {"profile": "counts", "counts": list(range(30, 40)), "test_per_class": 3},
+        {"profile": "counts", "counts": list(range(30, 40)), "val_per_class": 4},
+        {"profile": "counts", "counts": list(range(30, 40)), "val_fraction": 0.2},
+        {"imbalance_factor": 5, "test_per_class": 10, "val_fraction": 0.2},
     ],
 )
 def test_what_is_expected_is_what_is_there(settings):

@@ -62,6 +62,12 @@ def counts_for(
     return counts
 
 
+def held_out(counts: Sequence[int], share: float) -> list[int]:
+    """Images held out of each class of n: round(n · share), at least one and never all; of a single
+    image none."""
+    return [min(max(round(n * share), 1), n - 1) if n > 1 else 0 for n in counts]
+
+
 def choose(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
     """Indices of the chosen images, class by class: the first n_c of one permutation a class.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, SerializerFunctionWrapHandler, model_serializer
 
 from ltdd_scale.data.catalog import SOURCES
 from ltdd_scale.settings import Number, Settings, Switch, Text, Whole, option
@@ -71,7 +71,17 @@ class Chosen(Settings):
         0, "images a class held out for testing where the source has no test split (digits)", low=0
     )
     val_per_class: Whole = option(
-        0, "training images a class held out for validation before the long tail is drawn", low=0
+        0,
+        "training images a class held out for validation before the long tail is drawn; counts: of "
+        "what they leave unused, at most so many",
+        low=0,
+    )
+    val_fraction: Number = option(
+        0.0,
+        "share of the training images of each class held out for validation after the long tail is "
+        "drawn, for sets that leave none unused: round(n · share), at least one, never all",
+        low=0,
+        high=0.9,
     )
     split_seed: Whole = option(
         42, "seed of the choice of images; the same seed gives nested sets for growing imbalance"
@@ -86,6 +96,15 @@ class Chosen(Settings):
         0, "JPEG quality of images stored at store_resolution; 0: lossless PNG", low=0, high=100
     )
     shard_images: Whole = option(2000, "images a shard (2,000 of ImageNet are about 220 MB)", low=1)
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`val_fraction` is written, and so hashed, only where it is on: sets without it stay what
+        they are."""
+        values = write(self)
+        if not self.val_fraction:
+            values.pop("val_fraction", None)
+        return values
 
 
 class Seen(Settings):

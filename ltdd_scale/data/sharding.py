@@ -90,7 +90,9 @@ def cost(settings: Any, facts: Facts) -> Cost:
     one = ORIGINAL.get(chosen.source, 12e3)
     if chosen.store_resolution and one:
         one = chosen.store_resolution**2 * (0.4 if chosen.store_quality else 2.0)
-    images = facts.num_images + facts.judged + facts.num_classes * chosen.val_per_class
+    held = facts.num_classes * chosen.val_per_class
+    held += facts.num_images * chosen.val_fraction / (1 - chosen.val_fraction)
+    images = facts.num_images + facts.judged + held
     return Cost(memory=_workers() * 32e6, disk=images * one)
 
 

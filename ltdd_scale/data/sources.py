@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ltdd_scale.data import longtail, shards
 from ltdd_scale.data.catalog import SOURCES
 from ltdd_scale.data.settings import Chosen, Data
-from ltdd_scale.data.split import Available, Source
+from ltdd_scale.data.split import Available, Source, Split
 from ltdd_scale.errors import UserError
 from ltdd_scale.stage import Facts
 
@@ -27,24 +27,31 @@ def kind(data: Chosen) -> Any:
 def open_source(data: Data) -> Source:
     """The set that `data` describes, with validation images held out and the long tail drawn.
 
-    Validation images come from the training images, before the long tail is drawn from the rest;
-    the test split is as it is. Raises `UserError` on anything missing or inconsistent.
+    Validation images come from the training images: `val_per_class` before the long tail is drawn
+    from the rest, `val_fraction` out of what was drawn. The test split is as it is. Raises
+    `UserError` on anything missing or inconsistent.
     """
     source: Source = kind(data).open_all(data)
-    num_classes = len(source.classes)
     found = _available(source)
     _refuse_empty("training", found.train, source.classes)
-    _refuse_empty("test", np.bincount(source.test.labels, minlength=num_classes), source.classes)
-    counts = _drawn(data, found, source.classes)
+    tested = np.bincount(source.test.labels, minlength=len(source.classes))
+    _refuse_empty("test", tested, source.classes)
+    plan = _plan(data, found, source.classes)
     train, val = source.train, source.val
-    if data.val_per_class and val is None:
-        held = [data.val_per_class] * num_classes
-        chosen = longtail.choose(train.labels, held, data.split_seed + 1)
-        rest = np.setdiff1d(np.arange(len(train.names)), chosen)
-        val, train = train.take(np.sort(chosen)), train.take(rest)
+    if any(plan.before):
+        train, val = _hold_out(train, plan.before, data.split_seed)
     if data.profile != "full":
-        train = train.take(longtail.choose(train.labels, counts, data.split_seed))
+        train = train.take(longtail.choose(train.labels, plan.drawn, data.split_seed))
+    if any(plan.after):
+        train, val = _hold_out(train, plan.after, data.split_seed)
     return Source(source.classes, train, source.test, val, source.notes)
+
+
+def _hold_out(train: Split, counts: list[int], seed: int) -> tuple[Split, Split]:
+    """(the rest, `counts` images of each class): a larger choice holds a smaller one."""
+    chosen = longtail.choose(train.labels, counts, seed + 1)
+    rest = np.setdiff1d(np.arange(len(train.names)), chosen)
+    return train.take(rest), train.take(np.sort(chosen))
 
 
 def class_counts(data: Data) -> list[int]:
@@ -63,7 +70,7 @@ def facts(data: Data) -> Facts:
     else:
         found = _available(module.open_all(data))
     names = [str(c) for c in range(len(found.train))]
-    return Facts(tuple(_drawn(data, found, names)), found.test)
+    return Facts(_plan(data, found, names).training, found.test)
 
 
 def expected(data: Data) -> Facts | None:
@@ -72,7 +79,7 @@ def expected(data: Data) -> Facts | None:
     Raises `UserError` as `open_source` does where what it says leaves a class without images.
     """
     if data.profile == "counts" and data.source != "shards":
-        return Facts(tuple(data.counts), data.expected_test)
+        return Facts(_Plan([], data.counts, _share(data, data.counts)).training, data.expected_test)
     each = data.expected_per_class or data.max_per_class
     train = list(data.expected_counts) or [each] * data.expected_classes
     if not train or not all(train):
@@ -81,7 +88,7 @@ def expected(data: Data) -> Facts | None:
         return Facts(tuple(train), data.expected_test)
     found = Available(train, data.expected_test, bool(data.val_list))
     names = [str(c) for c in range(len(train))]
-    return Facts(tuple(_drawn(data, found, names)), data.expected_test)
+    return Facts(_plan(data, found, names).training, data.expected_test)
 
 
 def surprise(data: Data, found: Facts) -> str:
@@ -112,21 +119,70 @@ def _available(source: Source) -> Available:
     return Available(counts, len(source.test.names), source.val is not None)
 
 
-def _drawn(data: Chosen, found: Available, classes: list[str]) -> list[int]:
-    """Training images of each class once validation images are held out and the tail is drawn."""
+class _Plan(NamedTuple):
+    """Images of each class that are held out `before` the long tail is drawn, `drawn` for it, and
+    held out of these `after` that."""
+
+    before: list[int]
+    drawn: list[int]
+    after: list[int]
+
+    @property
+    def training(self) -> tuple[int, ...]:
+        """What is left of each class to train on."""
+        return tuple(n - k for n, k in zip(self.drawn, self.after, strict=True))
+
+
+def _plan(data: Data, found: Available, classes: list[str]) -> _Plan:
+    if found.validated:
+        none = [0] * len(classes)
+        return _Plan(none, _drawn(data, found.train, max(found.train)), none)
+    before = _unused(data, found.train, classes)
+    rest = [n - k for n, k in zip(found.train, before, strict=True)]
     # The largest class counts as it was, also when some of it is held out: settings are then
     # chosen on the long tail that they are for.
-    largest = data.max_per_class or max(found.train)
-    rest = list(found.train)
-    if data.val_per_class and not found.validated:
-        if min(rest) <= data.val_per_class:
-            c = int(np.argmin(rest))
+    drawn = _drawn(data, rest, max(found.train))
+    return _Plan(before, drawn, _share(data, drawn))
+
+
+def _drawn(data: Data, rest: list[int], largest: int) -> list[int]:
+    """The long tail of the `rest` of each class; `largest`: of any, where the config says none."""
+    most = data.max_per_class or largest
+    return longtail.counts_for(data.profile, rest, data.imbalance_factor, most, data.counts)
+
+
+def _unused(data: Data, available: list[int], classes: list[str]) -> list[int]:
+    """Validation images of each class that the long tail does without."""
+    wanted = data.val_per_class
+    if data.profile == "counts" and wanted:
+        counts = longtail.counts_for("counts", available, explicit=data.counts)
+        held = [min(wanted, n - k) for n, k in zip(available, counts, strict=True)]
+        if not any(held):
             raise UserError(
-                f"data.val_per_class={data.val_per_class} leaves nothing of class {c} "
-                f"({classes[c]}, {rest[c]} images)"
+                f"data.val_per_class={wanted}: data.counts leaves no image unused; "
+                "data.val_fraction holds out a share of what is used"
             )
-        rest = [n - data.val_per_class for n in rest]
-    return longtail.counts_for(data.profile, rest, data.imbalance_factor, largest, data.counts)
+        return held
+    if wanted and min(available) <= wanted:
+        c = int(np.argmin(available))
+        raise UserError(
+            f"data.val_per_class={wanted} leaves nothing of class {c} ({classes[c]}, "
+            f"{available[c]} images)"
+        )
+    return [wanted] * len(available)
+
+
+def _share(data: Data, drawn: list[int]) -> list[int]:
+    """Validation images of each class out of what was drawn."""
+    if not data.val_fraction:
+        return [0] * len(drawn)
+    held = longtail.held_out(drawn, data.val_fraction)
+    if not any(held):
+        raise UserError(
+            "data.val_fraction: every class has a single image, so none can be held out: set it "
+            "to 0"
+        )
+    return held
 
 
 def _refuse_empty(kind: str, counts: Any, classes: list[str]) -> None:

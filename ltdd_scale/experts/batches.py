@@ -56,7 +56,7 @@ class EpochPlans(Sequence):
         self.batch_size, self.spec, self.sizes = course.batch_size, course.spec, images.sizes
         self.seed, self.epoch, self.first, self.steps = seed, epoch, first, course.steps
         self.views, self.part = course.mixing.views, course.part
-        first, *others = course.mixing.powers
+        first, others = course.mixing.powers[0], course.mixing.powers[1:]
         self.orders = [
             _drawn(images, first, f"{seed} first", epoch)
             if first

@@ -86,9 +86,10 @@ def run_sweep(
     out: Path | None = None,
     store: Path | None = None,
     report_only: bool = False,
+    data_root: Path | None = None,
 ) -> int:
     """All points of a sweep; in the end one table. Called again, just what is missing."""
-    found, wants = sweep.load(file), options.load_profile()
+    found, wants = replace(sweep.load(file), data_root=data_root), options.load_profile()
     if report_only:
         options = replace(options, dry_run=False)
     out = (out or Path("runs") / found.name).absolute()

@@ -53,7 +53,8 @@ class Published(Settings):
 @dataclass
 class Sweep:
     """`points`: name → settings laid over the config, in the file's order. `configs`: the config
-    of a point that has one of its own."""
+    of a point that has one of its own. `data_root`: the folder in which the data sets of the points
+    lie, each under the last name of its ``data.path``; none: paths are taken as they are."""
 
     name: str
     config: Path
@@ -62,6 +63,7 @@ class Sweep:
     published: list[Published] = field(default_factory=list)
     common: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, Path] = field(default_factory=dict)
+    data_root: Path | None = None
 
     def load_points(self, sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The configs of the points, and why others have none: one bad point does not stop its
@@ -71,10 +73,17 @@ class Sweep:
             try:
                 texts = [f"{k}={_in_a_line(v)}" for k, v in {**self.common, **settings}.items()]
                 config = self.configs.get(name, self.config)
-                good[name] = configuration.load(config, [*texts, *sets])
+                good[name] = self._placed(configuration.load(config, [*texts, *sets]))
             except UserError as error:
                 bad[name] = str(error)
         return good, bad
+
+    def _placed(self, config: Any) -> Any:
+        """`config` with its images in `data_root`; a path that is absolute stays as it is."""
+        path = Path(config.data.path)
+        if self.data_root is None or not path.name or path.is_absolute():
+            return config
+        return configuration.changed(config, {"data.path": str(self.data_root / path.name)})
 
 
 def _in_a_line(value: Any) -> str:

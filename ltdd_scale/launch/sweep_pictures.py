@@ -31,13 +31,16 @@ def write(
     embeddings: Mapping[str, Path],
     number: str,
     out: Path,
+    curves: bool = True,
 ) -> str:
     """Write ``out/pictures`` and return the Markdown that shows it; nothing where there is nothing
     to draw: neither IPC nor imbalance factor varies, and there are no features.
 
-    `embeddings`: point → folder of its features. `number`: the one that is shown.
+    `embeddings`: point → folder of its features. `number`: the one that is shown. `curves`: whether
+    points are of one data set, so that a curve can join them.
     """
-    pictures = [p for axis in AXES if (p := _curves(found, published, number, axis)) is not None]
+    axes = AXES if curves else ()
+    pictures = [p for axis in axes if (p := _curves(found, published, number, axis)) is not None]
     if (features := _features(embeddings)) is not None:
         pictures.append(features)
     if not pictures and not (out / "pictures").exists():

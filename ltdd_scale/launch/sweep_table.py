@@ -1,4 +1,5 @@
-"""The tables of a sweep: all points beside published numbers, images × labels, what it took."""
+"""The tables of a sweep: all points beside published numbers, images × labels or sets × all that
+was judged, what it took."""
 
 from __future__ import annotations
 
@@ -10,23 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from ltdd_scale.launch import campaign, sweep_matrix, sweep_pictures, sweep_stages
+from ltdd_scale.launch import campaign, sweep_matrix, sweep_pictures, sweep_sets, sweep_stages
 from ltdd_scale.launch.campaign import Campaign
 from ltdd_scale.launch.jobs import Job, Summary
 from ltdd_scale.launch.parts import Spent, spent
 from ltdd_scale.launch.states import last_error
 from ltdd_scale.launch.sweep import Published, Sweep, load, point_name
 from ltdd_scale.publish.tables import HEADINGS, cell, markdown, numbers
-from ltdd_scale.results import NUMBERS, WHOLE_SETS, labels_of
+from ltdd_scale.results import (
+    CHOSEN,
+    NUMBERS,
+    RANDOM_PLAIN,
+    RANDOM_PLAIN_TITLE,
+    WHOLE_SETS,
+    labels_of,
+)
 from ltdd_scale.runtime import files
 
 # What stands beside the distilled set in a sweep's table: key → heading.
 BESIDE = {
+    CHOSEN: "chosen",
     "random": "random real",
+    "random_plain": RANDOM_PLAIN_TITLE,
     "full": "whole set",
     "plain": "plain, logit-adjusted",
     "teacher": "teacher",
 }
+SOMETIMES = (CHOSEN, "random_plain")  # of them: no column where no point has it
 SPREADS = ("class_std", "many", "medium", "few")
 
 
@@ -52,7 +63,8 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
 
     Tables of all points with published numbers; of images × labels, where points have several kinds
     of labels or of networks; of means over seeds; of all pairs of two stages. Pictures, where
-    points differ in IPC or imbalance factor.
+    points differ in IPC or imbalance factor. Points of several data sets share no row of images and
+    no curve: they have a column each in one table instead (`sweep_sets`).
 
     `why(job)`: the last error of a job, or nothing.
     """
@@ -74,14 +86,15 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
     summaries = [f.summary for f in found]
     unbalanced = [s for s in summaries if not s.get("balanced_test", True)]
     shown = numbers(dict((unbalanced or summaries or [{}])[0]))[:2]
-    text = _page(sweep, found, missing, shown)
+    apart = sweep_sets.differ(p.source for p in made.points)
+    text = _page(sweep, found, missing, shown, apart)
     text += sweep_stages.table(found, pairs, sweep.published, shown[0])
     features = {
         f.name: node.folder(made.store)
         for f in found
         if (node := points[f.name].nodes.get("embedding"))
     }
-    text += sweep_pictures.write(found, sweep.published, features, shown[0], out)
+    text += sweep_pictures.write(found, sweep.published, features, shown[0], out, curves=not apart)
     record = {"points": {f.name: f.to_dict() for f in found}, "missing": missing}
     files.write_json(out / "results.json", record)
     files.write_text(out / "sweep.md", text)
@@ -89,12 +102,15 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
 
 
 def _numbers_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The numbers of each set with the configured labels, of the first net; of the plain network
-    after logit adjustment; of the teacher, if there is one."""
+    """The numbers of each set with the configured labels, of the first net; of random real images
+    with classes, where these are not the same; of the plain network after logit adjustment; of the
+    teacher, if there is one."""
     entries: dict[str, dict[str, Any]] = {}
     for e in summary["students"]:
         if e["set"] in WHOLE_SETS or e["labels"] == labels_of(e["set"], summary):
             entries.setdefault(e["set"], e)
+        elif (e["set"], e["labels"]) == RANDOM_PLAIN:
+            entries.setdefault("random_plain", e)
     for e in summary.get("plain", []):
         if e["title"].endswith("logit-adjusted"):
             entries.setdefault("plain", e)
@@ -114,8 +130,11 @@ def _why_missing(made: Campaign, name: str, why: Callable[[Job], str]) -> str:
     )
 
 
-def _page(sweep: Sweep, found: list[Finished], missing: list[str], shown: list[str]) -> str:
-    """``sweep.md``. `shown`: top-1 and the mean over classes, the one that counts first."""
+def _page(
+    sweep: Sweep, found: list[Finished], missing: list[str], shown: list[str], apart: bool
+) -> str:
+    """``sweep.md``. `shown`: top-1 and the mean over classes, the one that counts first. `apart`:
+    points have different data sets."""
     first = shown[0]
     text = (
         f"# {sweep.name}\n\n{len(found)} of {len(sweep.points)} points, in per cent (mean ± "
@@ -124,7 +143,10 @@ def _page(sweep: Sweep, found: list[Finished], missing: list[str], shown: list[s
     )
     if found:
         text += markdown(_rows(sweep, found, shown)) + "\n"
-    text += sweep_matrix.tables(found, sweep.published, first)
+    if apart:
+        text += sweep_sets.tables(found)
+    else:
+        text += sweep_matrix.tables(found, sweep.published, first)
     text += _costs(sweep.published, found)
     over = _over_seeds(found, first)
     if over:
@@ -138,9 +160,9 @@ def _page(sweep: Sweep, found: list[Finished], missing: list[str], shown: list[s
 
 
 def _rows(sweep: Sweep, found: list[Finished], shown: list[str]) -> list[list[str]]:
-    own = [*shown, *SPREADS]
+    own, there = [*shown, *SPREADS], _beside(found)
     heading = [f"distilled, {HEADINGS[shown[0]]}", *(HEADINGS[n] for n in own[1:])]
-    rows = [["point", *heading, *BESIDE.values(), "published"]]
+    rows = [["point", *heading, *there.values(), "published"]]
     for point in found:
         net = point.config.evaluate.nets[0]
         published = [
@@ -149,9 +171,15 @@ def _rows(sweep: Sweep, found: list[Finished], shown: list[str]) -> list[list[st
             if r.top1 is not None and r.net in ("", net) and r.fits(point.config)
         ]
         cells = [cell(dict(point.numbers["distilled"]), n) for n in own]
-        beside = [cell(dict(point.numbers.get(key, {})), shown[0]) for key in BESIDE]
+        beside = [cell(dict(point.numbers.get(key, {})), shown[0]) for key in there]
         rows.append([point.name, *cells, *beside, "; ".join(published) or "–"])
     return rows
+
+
+def _beside(found: Sequence[Finished]) -> dict[str, str]:
+    """The columns of `BESIDE` that a table of these points has."""
+    some = {key for point in found for key in point.numbers}
+    return {key: title for key, title in BESIDE.items() if key not in SOMETIMES or key in some}
 
 
 def _costs(published: Sequence[Published], found: list[Finished]) -> str:
@@ -190,8 +218,9 @@ def _over_seeds(found: list[Finished], number: str) -> list[list[str]]:
             groups.setdefault(name, []).append(point)
     if not groups:
         return []
-    shown = ("distilled", *BESIDE)
-    rows = [["settings", "seeds", "distilled", *BESIDE.values()]]
+    there = _beside(found)
+    shown = ("distilled", *there)
+    rows = [["settings", "seeds", "distilled", *there.values()]]
     for name, members in groups.items():
         values = [[m.numbers[k][number] for m in members if k in m.numbers] for k in shown]
         rows.append([name, str(len(members)), *map(_mean, values)])
