@@ -42,6 +42,7 @@ initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 20, chunk_classes: 5, iterations: 150}
 relabel: {labels: single}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: none}
+choose: {how: never}
 runtime: {checkpoint_seconds: 1, device: cpu}
 publish: {pictures: false, formats: []}
 """

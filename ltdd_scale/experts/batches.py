@@ -56,10 +56,10 @@ class EpochPlans(Sequence):
         self.batch_size, self.spec, self.sizes = course.batch_size, course.spec, images.sizes
         self.seed, self.epoch, self.first, self.steps = seed, epoch, first, course.steps
         self.views, self.part = course.mixing.views, course.part
-        first, others = course.mixing.powers[0], course.mixing.powers[1:]
+        own, *others = course.mixing.powers
         self.orders = [
-            _drawn(images, first, f"{seed} first", epoch)
-            if first
+            _drawn(images, own, f"{seed} first", epoch)
+            if own
             else sampling.uniform(len(images.labels), seed, epoch),
             *(_drawn(images, power, seed, epoch) for power in others),
         ]
