@@ -67,6 +67,8 @@ class Session:
             "distilled": roles.distilled,
             "initial": roles.initial,
             "labels": roles.labels,
+            "kept": roles.chosen,
+            "kept_labels": roles.chosen_labels,
             "teacher": "teacher" if "teacher" in self.nodes else "",
             "zca": "whiten" if "whiten" in self.nodes else "",
             "verdict": recipe.VERDICT,

@@ -12,6 +12,9 @@ from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging import choice, choose
 from ltdd_scale.judging.saved import Saved
+from ltdd_scale.publish.encode import decode
+from ltdd_scale.publish.kept import CALLED
+from ltdd_scale.publish.opened import Opened
 
 HELD = {"data": {"val_per_class": 5}}
 
@@ -114,7 +117,8 @@ def test_what_was_chosen_leaves_the_house(tmp_path):
     ]
     done = cli("run", config, "--out", tmp_path / "run", "--nproc", 1, "--set", *sets)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
     kinds = results["summary"]["choice"]["kinds"]
     kept = kinds["hard"]["set"]
     assert kept in ("initial", "random") and set(kinds) == {"hard"}
@@ -123,7 +127,22 @@ def test_what_was_chosen_leaves_the_house(tmp_path):
     assert cells["chosen"]["balanced"] > cells["distilled"]["balanced"]
     if kept == "random":
         assert cells["chosen"]["balanced"] == cells["random"]["balanced"]
-    else:
-        images = Distilled(folder_of(tmp_path / "run", "choose"), 10)
-        first = Distilled(folder_of(tmp_path / "run", "initialize"), 10)
+    images = Distilled(folder_of(run, "choose"), 10)
+    if kept == "initial":
+        first = Distilled(folder_of(run, "initialize"), 10)
         assert all(np.array_equal(images.load(c), first.load(c)) for c in range(10))
+    # What is exported, and what is said of it.
+    opened = Opened(run / "distilled")
+    assert opened.kept == kept
+    written = [decode(sample.content) for sample in opened.samples()]
+    assert np.array_equal(np.stack(written), np.concatenate([images.load(c) for c in range(10)]))
+    rows = json.loads((run / "distilled" / "provenance.json").read_text())
+    assert [r["source"] for r in rows] == [
+        r["source"] for c in range(10) for r in images.provenance(c)
+    ]
+    card = (run / "distilled" / "README.md").read_text()
+    assert "**These images are not distilled.**" in card and ": a distilled" not in card
+    assert "By short students on validation images: " in card
+    for file in ("distilled/README.md", "results.md", "report.html"):
+        assert f"chosen ({CALLED[kept]})" in (run / file).read_text(), file
+    assert "The exported set has" in (run / "report.html").read_text()

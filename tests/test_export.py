@@ -232,6 +232,81 @@ def test_the_ten_lines_are_what_fit_learns_from(sets, kind, tmp_path, same_threa
     assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
+def told_otherwise(source: Path, out: Path, **sections) -> Path:
+    """The set in `source` written again, as if it had been made with these settings."""
+    opened = Opened(source)
+    for section, values in sections.items():
+        opened.told["config"][section] |= values
+    published.rewrite(opened, out, ["imagefolder"], opened.encoding, opened.publish)
+    return out
+
+
+@pytest.mark.parametrize("soft", ["mse", "kl"])
+@pytest.mark.parametrize("order", ["both", "soft_hard_soft"])
+def test_the_ten_lines_have_the_loss_that_students_had(sets, soft, order, tmp_path, monkeypatch):
+    asked = {"soft_loss": soft, "temperature": 4.0, "order": order, "kappa_mse": 0.5}
+    folder = told_otherwise(sets["single"], tmp_path / "set", evaluate=asked)
+    (_, code) = blocks(folder / "README.md")
+    assert len(code.strip().splitlines()) <= 10
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # files that the ten lines leave open
+        exec(code, found)
+    n = IPC * CLASSES
+    student = np.random.default_rng(3).normal(0, 2, (n, CLASSES)).astype(np.float32)
+    told = fit.describe(folder)
+    setup = fit.load(folder, told, ALONE, 1, "t")
+    drawn = dataclasses.make_dataclass("Drawn", ["partners", "lam"])(
+        np.arange(n), np.ones(n, np.float32)
+    )
+    classes, labels = setup.labels.targets(0, drawn, np.arange(n), None, ALONE)
+    assert np.allclose(found["p"], labels.softmax(1).numpy(), atol=1e-6)
+    text = (folder / "README.md").read_text()
+    assert ("KL at temperature 4" in text) == (soft == "kl") and ("MSE" in text) == (soft == "mse")
+    assert ("in the middle half the class alone" in text) == (order != "both")
+    parts = {"both": {}} if order == "both" else {"soft": {}, "hard": {"hard": True}}
+    for source, more in parts.items():
+        ours = training.epoch_loss(
+            torch.from_numpy(student), classes, labels, told.training, source
+        )
+        theirs = found["loss"](student, np.arange(n), **more)
+        assert theirs == pytest.approx(float(ours), rel=1e-5)
+
+
+def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
+    def said(kind, name, **relabel):
+        folder = told_otherwise(sets[kind], tmp_path / name, relabel=relabel)
+        return (folder / "README.md").read_text()
+
+    whole = "`single.npy` has the teacher's logits of every whole image"
+    assert f"{whole}. Students learn" in said("single", "plain")
+    text = said("single", "views", views=4, class_share=0.25, adjust=True)
+    assert (
+        whole not in text
+        and (
+            "`single.npy` has the mean of the teacher's logits of every whole image and 3 views of it, "
+            "adjusted for the long tail (τ · log π), as the logits of 0.75 · softmax + 0.25 · class. "
+        )
+        in text
+    )
+    text = said("online", "online", class_share=0.25)
+    assert "(`online`). The class of an image has a share of 0.25 in these labels." in text
+    assert f"{whole}, as the logits of 0.75" in text
+
+
+def test_a_card_of_an_older_set_tells_of_the_squared_error(sets):
+    opened = Opened(sets["single"])
+    before = published.card(opened, None)
+    for section, names in (
+        ("evaluate", ("soft_loss", "temperature", "order")),
+        ("relabel", ("views", "class_share")),
+    ):
+        for name in names:
+            del opened.told["config"][section][name]
+    assert published.card(opened, None) == before and "(MSE)" in before
+
+
 def test_fit_with_other_labels_than_the_sets_own(online, sets, tmp_path, same_threads):
     saved = {kind: tmp_path / f"{kind}.safetensors" for kind in ("online", "single", "hard")}
     for kind, path in saved.items():

@@ -231,6 +231,36 @@ def test_the_table_of_images_and_labels(tmp_path):
     assert cells_of(text, "# s")["a"]["published"] == "–"  # its students are of another network
 
 
+def test_random_images_with_classes_have_a_column_and_make_no_matrix(tmp_path):
+    """One kind of labels beside them: no table of images × labels. A column stands only where a
+    point has what it shows."""
+    mine = {
+        "a": {("distilled", "single", "convnet3"): 41.0, ("random", "single", "convnet3"): 30.0, ("random", "hard", "convnet3"): 31.0, ("chosen", "single", "convnet3"): 42.0},
+        "b": {("distilled", "hard", "convnet3"): 43.0, ("random", "hard", "convnet3"): 33.0},
+    }  # fmt: skip
+
+    def written(*names):
+        points = [point(tmp_path, name) for name in names]
+        for name in names:
+            found = matrix_of(mine[name], "single" if name == "a" else "hard")
+            found["summary"]["baseline"] = found["summary"]["labels"]
+            files.write_json(make(tmp_path / name) / "results.json", found)
+        asked = sweep.Sweep("s", Path("c.yaml"), {name: {"seed": 0} for name in names})
+        made = campaign.Campaign("s", tmp_path / "jobs", tmp_path, "local", points=points)
+        return sweep_table.write(asked, made, tmp_path, lambda job: "")
+
+    text = written("a")
+    assert "Images × labels" not in text
+    row = cells_of(text, "# s")["a"]
+    assert (row["random real"], row["random real, plain labels"]) == ("30.0 ± 0.5", "31.0 ± 0.5")
+    assert row["chosen"] == "42.0 ± 0.5" and row["distilled, top-1"] == "41.0 ± 0.5"
+    assert cells_of(text, "Means over `seed`")["all"]["random real, plain labels"] == "31.0"
+    text = written("b")
+    assert "plain labels" not in text and "chosen" not in text
+    assert cells_of(text, "# s")["b"]["random real"] == "33.0 ± 0.5"
+    assert "Images × labels" in written("a", "b"), "two kinds of labels"
+
+
 def test_the_table_of_two_stages(tmp_path):
     """One stage first, then a row a pair; a dash where a point has no such pair."""
 

@@ -18,8 +18,15 @@ FILES = (
 
 def main(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
+    summary = results["summary"]
+    # Random real images stand there with classes too: beside the set are those with its labels.
+    labels = {"random": summary["baseline"]}
     mean = {
-        which: [r["top1"] for r in results["rows"] if r["set"] == which]
+        which: [
+            r["top1"]
+            for r in results["rows"]
+            if r["set"] == which and r["labels"] == labels.get(which, r["labels"])
+        ]
         for which in ("distilled", "random", "full")
     }
     mean = {which: sum(values) / len(values) for which, values in mean.items()}
@@ -27,9 +34,7 @@ def main(run: Path) -> None:
     print(
         f"distilled {mean['distilled']:.1f} %, random real {mean['random']:.1f} %, whole set {mean['full']:.1f} %: the distilled set reaches {share:.1f} % of the whole"
     )
-    single = {
-        e["set"]: e["top1"] for e in results["summary"]["students"] if e["labels"] == "single"
-    }
+    single = {e["set"]: e["top1"] for e in summary["students"] if e["labels"] == "single"}
     if not {"distilled", "random"} <= set(single):
         sys.exit("no students with single labels beside those with online ones")
     print(

@@ -7,7 +7,7 @@ from typing import Any
 from ltdd_scale.data import whitening
 from ltdd_scale.judging import criteria
 from ltdd_scale.judging.criteria import Wanted
-from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.catalog import KINDS, SINGLE
 from ltdd_scale.models import flops
 from ltdd_scale.results import GROUPS_PART, WHOLE_SETS
 from ltdd_scale.stage import Cost, Facts
@@ -46,14 +46,17 @@ def student(settings: Any, facts: Facts) -> Cost:
 
 
 def _labelled(settings: Any) -> int:
-    """Passes of the teacher over all images before a student of a part of the classes starts.
+    """Passes of the teacher over all images before a student of a part of the classes starts: as
+    many as an image has views, where it has one label.
 
     Labels of the distilled set are there: `relabel` has made them.
     """
     who, kind = settings.student, KINDS[settings.student["labels"]]
     if "part" not in who or not kind.teacher or who["set"] == "distilled":
         return 0
-    return settings.epochs if kind.views else 1
+    if kind.views:
+        return settings.epochs
+    return settings.relabel.views if kind.name == SINGLE else 1
 
 
 def grouping(settings: Any, facts: Facts) -> Cost:

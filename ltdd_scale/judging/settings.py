@@ -62,7 +62,11 @@ class Evaluate(Training):
     )
     epochs: Whole = option(1000, "student epochs", low=1)
     seeds: Whole = option(3, "repeats", low=1)
-    random: Switch = option(True, "random real images of the same IPC beside the distilled set")
+    random: Switch = option(
+        True,
+        "random real images of the same IPC beside the distilled set, with the same labels and "
+        "with plain ones",
+    )
     full_epochs: Whole = option(
         0,
         "epochs of training on the whole long-tailed set with the same labels; 0: leave it out",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.publish import hub
+from ltdd_scale.publish import hub, kept
 from ltdd_scale.publish.material import FOLDER
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.settings import DDRANKING, IMAGEFOLDER, SET, Publish
@@ -54,6 +54,8 @@ def export(options: Options) -> int:
     else:
         _set(opened, options, out)
     print(f"written  {shown}")
+    if opened.kept != kept.OWN:
+        print(f"         not the distilled images: {kept.title(opened.kept)}")
     if not (opened.publish.license if options.license is None else options.license):
         print(hub.ASKS)
     return 0

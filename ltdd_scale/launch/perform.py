@@ -160,7 +160,7 @@ def finish(work: Session) -> int:
     session.publish(work)
     out = work.out
     print(tables.table(files.read_json(out / "results.json")))
-    print(f"\ndistilled images  {out / 'distilled' / 'images'}")
+    print(f"\nexported images  {out / 'distilled' / 'images'}")
     print(f"results           {out / 'results.json'}, {out / 'results.md'}")
     print(f"page to look at   {out / 'report.html'}")
     if not work.config.publish.license:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ltdd_scale.launch.parts import Spent
 from ltdd_scale.launch.sweep import Published
 from ltdd_scale.publish.tables import HEADINGS, KINDS, cell, markdown
-from ltdd_scale.results import labels_of
+from ltdd_scale.results import RANDOM_PLAIN, labels_of
 
 if TYPE_CHECKING:
     from ltdd_scale.launch.sweep_table import Finished
@@ -36,7 +36,9 @@ def tables(found: Sequence[Finished], published: Sequence[Published], number: st
     `number`: the one that is shown, top-1 or the mean over classes.
     """
     nets = list(dict.fromkeys(e["net"] for point in found for e in _small(point)))
-    kinds = {e["labels"] for point in found for e in _small(point)}
+    # Random real images with classes stand in every result: they alone make no matrix.
+    small = [e for point in found for e in _small(point)]
+    kinds = {e["labels"] for e in small if (e["set"], e["labels"]) != RANDOM_PLAIN}
     if len(nets) < 2 and len(kinds - {"learned"}) < 2:
         return ""
     text = (

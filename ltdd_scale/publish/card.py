@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ltdd_scale.publish import hub, lrs
+from ltdd_scale.publish import hub, kept, lrs
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.tables import table
 
@@ -19,35 +19,50 @@ LOADING = {
     "imagefolder": '{0} = load_dataset("imagefolder", data_files="images/**", split="train")',
 }
 SHORT = {"parquet": "rows", "webdataset": "samples", "imagefolder": "folder"}
-SOFT_CODE = """import json, numpy as np
+TOLD_CODE = """import json, numpy as np
 told = json.load(open("set.json", encoding="utf-8"))
 own = np.repeat(np.arange(len(told["classes"])), told["image_counts"])  # class of each image, [N]
-classes = np.eye(len(told["classes"]), dtype=np.float32)[own]
-logits = np.load("labels/{file}")  # float32 [N, C]
+"""
+CLASSES = 'classes = np.eye(len(told["classes"]), dtype=np.float32)[own]\n'
+SOFT_CODE = """{told}logits = np.load("labels/{file}")  # float32 [N, C]
 p = np.exp(logits - np.logaddexp.reduce(logits, 1, keepdims=True))  # soft labels: softmax
-def loss(student, rows):
+def loss(student, rows{more}):
     log_q = student - np.logaddexp.reduce(student, 1, keepdims=True)
     ce = -({target}[rows] * log_q).sum(1).mean()
     return {value}"""
-HARD_CODE = """import json, numpy as np
-told = json.load(open("set.json", encoding="utf-8"))
-own = np.repeat(np.arange(len(told["classes"])), told["image_counts"])  # class of each image, [N]
-p = np.eye(len(told["classes"]), dtype=np.float32)[own]
+KL_CODE = """{told}logits = np.load("labels/{file}")  # float32 [N, C]
+def log_p(z, t=1): return z / t - np.logaddexp.reduce(z / t, 1, keepdims=True)  # log softmax
+p = np.exp(log_p(logits))  # soft labels
+def loss(student, rows{more}):
+    log_pt, log_qt = log_p(logits[rows], {t}), log_p(student, {t})
+    return {value}"""
+KL_CE = "-(classes[rows] * log_p(student)).sum(1).mean()"
+HARD_CODE = f"""{TOLD_CODE}p = np.eye(len(told["classes"]), dtype=np.float32)[own]
 def loss(student, rows):
     log_q = student - np.logaddexp.reduce(student, 1, keepdims=True)
     return -(p[rows] * log_q).sum(1).mean()"""
+# Of a set's labels. {single}: what `single.npy` has; {share}: that of the class in labels of views;
+# {learned}: what students minimise.
 MEANING = {
-    "single": "`single.npy` has the teacher's logits of every whole image; students learn the "
-    "logits (MSE) and, a little, the class (CE).",
+    "single": "`single.npy` has {single}. {learned}",
     "online": "The students above were labelled by the teacher on every view that they saw "
-    "(`online`). `single.npy` has the teacher's logits of every whole image: labels that need no "
-    "teacher.",
+    "(`online`).{share} `single.npy` has {single}: labels that need no teacher. {learned}",
     "stored": "The students above learned from the teacher's logits of the views of every epoch "
-    "(`epoch-*.npy`, with `ltdd-scale fit`). `single.npy` has the teacher's logits of every whole "
-    "image.",
+    "(`epoch-*.npy`, with `ltdd-scale fit`).{share} `single.npy` has {single}. {learned}",
     "learned": "`learned.npy` has logits that were learned together with the images; students "
     "minimise the cross-entropy with their softmax.",
     "hard": "The labels are the classes; students minimise the cross-entropy with them.",
+}
+# What the images are, where they are not distilled; where each comes from.
+ARE = {
+    "initial": "**These images are not distilled.** They are real images, or parts of such: those "
+    "that method `{method}` starts from.",
+    "random": "**These images are not distilled.** They are real images, drawn at random.",
+}
+FROM = {
+    "distilled": "where every image started from",
+    "initial": "where every image was taken from",
+    "random": "the name of every real image",
 }
 
 
@@ -85,9 +100,13 @@ def card(opened: Opened, results: dict[str, Any] | None) -> str:
         labels=labels,
         teacher=told["config"]["teacher"]["net"] if told["teacher"] else "",
         method=told["config"]["method"],
+        kept=opened.kept,
+        choice=_choice(opened),
+        row=_row(summary, opened.kept),
+        start=FROM[opened.kept],
         student=told["student"]["net"],
         provenance=told["provenance"],
-        table=table(results) if results else "",
+        table=table(results, reasons=False) if results else "",
         lrs=lrs.text(results) if results else "",
         split=summary.get("split"),
         balanced=summary.get("balanced_test", True),
@@ -109,13 +128,47 @@ def label_code(told: dict[str, Any]) -> str:
     if not file:
         return HARD_CODE
     if file == "learned.npy":
-        return SOFT_CODE.format(file=file, target="p", value="ce").replace(
-            'classes = np.eye(len(told["classes"]), dtype=np.float32)[own]\n', ""
-        )
+        return SOFT_CODE.format(told=TOLD_CODE, file=file, target="p", value="ce", more="")
     judged = told["config"]["evaluate"]
-    mse = "((student - logits[rows]) ** 2).mean()"
-    value = f"{judged['kappa_ce']} * ce + {judged['kappa_mse']} * {mse}"
-    return SOFT_CODE.format(file=file, target="classes", value=value)
+    soft, ce = f"{judged['kappa_mse']} * ((student - logits[rows]) ** 2).mean()", "ce"
+    kl, t = judged.get("soft_loss", "mse") == "kl", judged.get("temperature", 1.0)
+    if kl:
+        divergence = "(np.exp(log_pt) * (log_pt - log_qt)).sum(1).mean()"
+        soft, ce = f"{judged['kappa_mse']} * {t}**2 * {divergence}", KL_CE
+    ordered = judged.get("order", "both") != "both"
+    return (KL_CODE if kl else SOFT_CODE).format(
+        told=TOLD_CODE + CLASSES,
+        file=file,
+        target="classes",
+        t=t,
+        more=", hard=False" if ordered else "",
+        value=f"{ce} if hard else {soft}" if ordered else f"{judged['kappa_ce']} * {ce} + {soft}",
+    )
+
+
+def what_images_are(opened: Opened) -> str:
+    """What the images of a set are, in Markdown; nothing where they are distilled ones."""
+    return ARE.get(opened.kept, "").format(method=opened.told["config"]["method"])
+
+
+def _choice(opened: Opened) -> str:
+    """What the images are, and why just these; nothing where none were chosen."""
+    if "chosen" not in opened.told:
+        return ""
+    are = what_images_are(opened) or "The images are those that the method made."
+    return f"{are} {kept.reason(opened.told['chosen'])}"
+
+
+def _row(summary: dict[str, Any], which: str) -> str:
+    """Which row of the results is this set, where it is not the distilled one."""
+    if which == kept.OWN or not summary:
+        return ""
+    title = kept.title(which)
+    said = f"This set is the row `{title}`; the images of the row `distilled` are not in it."
+    cells = {(e["set"], e["labels"]) for e in summary["students"]}
+    if which == "random" and ("random", summary["labels"]) in cells:
+        said += " The students of each seed had images drawn anew; the set has those of the first."
+    return said
 
 
 def _meaning(told: dict[str, Any]) -> str:
@@ -126,7 +179,41 @@ def _meaning(told: dict[str, Any]) -> str:
             f"The students above learned from `{kind}` labels, with `ltdd-scale fit`. The set has "
             "no table of soft labels: the lines below take the classes."
         )
-    return MEANING.get(kind, f"`{file}` has logits.")
+    relabel = told["config"]["relabel"]
+    share = relabel.get("class_share", 0.0)
+    return MEANING.get(kind, f"`{file}` has logits.").format(
+        single=_single(relabel),
+        share=f" The class of an image has a share of {share:g} in these labels." if share else "",
+        learned=_learned(told["config"]["evaluate"]),
+    )
+
+
+def _single(relabel: dict[str, Any]) -> str:
+    """What ``single.npy`` has. Older sets were made without these settings."""
+    views, share = relabel.get("views", 1), relabel.get("class_share", 0.0)
+    said = "the teacher's logits of every whole image"
+    if views > 1:
+        also = "a view" if views == 2 else f"{views - 1} views"
+        said = f"the mean of the teacher's logits of every whole image and {also} of it"
+    if relabel.get("adjust"):
+        said += ", adjusted for the long tail (τ · log π)"
+    if share:
+        said += f", as the logits of {1 - share:g} · softmax + {share:g} · class"
+    return said
+
+
+def _learned(judged: dict[str, Any]) -> str:
+    """What students of soft labels of the teacher minimise, in words."""
+    soft = "the logits (MSE)"
+    if judged.get("soft_loss", "mse") == "kl":
+        soft = f"the labels (KL at temperature {judged.get('temperature', 1.0):g})"
+    if judged.get("order", "both") != "both":
+        return (
+            f"Students learn {soft} in the first and the last quarter of their epochs, and in the "
+            "middle half the class alone (CE, `hard=True`)."
+        )
+    ce = judged["kappa_ce"]
+    return f"Students learn {soft}" + (f" and, with weight {ce:g}, the class (CE)." if ce else ".")
 
 
 def _rows(told: dict[str, Any], formats: list[str]) -> str:

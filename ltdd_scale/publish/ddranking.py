@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ltdd_scale.errors import UserError
-from ltdd_scale.publish.card import words
+from ltdd_scale.publish.card import what_images_are, words
 from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.runtime import files
@@ -26,7 +26,7 @@ DATASETS = {
 }
 IMAGES, LABELS = "images.pt", "labels.pt"
 README = """# {name}, for `ddranking`
-
+{are}
 `images.pt`: float32 [{n}, 3, {size}, {size}], class after class, {ipc} of each, normalised with
 {of}.
 {labels}
@@ -116,6 +116,7 @@ def _readme(opened: Opened, dataset: str | None, license: str | None) -> str:
         license = ", ".join(filter(None, (opened.publish.license, opened.publish.license_link)))
     values: dict[str, Any] = {
         "name": words(told["name"]),
+        "are": f"\n{are}\n" if (are := what_images_are(opened)) else "",
         "license": words(license) or "not stated. Whoever gives this away has to say it",
         "n": sum(opened.image_counts),
         "size": told["resolution"],

@@ -13,12 +13,21 @@ import numpy as np
 
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.publish.kept import kept
 from ltdd_scale.publish.material import Material
 from ltdd_scale.publish.message import adjusted
 from ltdd_scale.publish.pictures import budget, classes, images, points, work
 from ltdd_scale.publish.pictures.canvas import Picture
-from ltdd_scale.publish.tables import HEADINGS, KINDS, SHOWN, cell, numbers
-from ltdd_scale.results import WHOLE_SETS, labels_of
+from ltdd_scale.publish.tables import (
+    HEADINGS,
+    KINDS,
+    SHOWN,
+    cell,
+    chosen_title,
+    exported,
+    numbers,
+)
+from ltdd_scale.results import CHOSEN, WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
 
 SMALL = ("distilled", "random", "initial")
@@ -34,7 +43,9 @@ PARTS = {
     "evaluate": "judging",
     "grouping": "judging",
     "embedding": "judging",
+    "choose": "the choice",
 }
+TRIAL = "trial/"  # how names of stages of the choice's short students begin
 TWO = "two stages"  # a title of `confusion.npz`
 PAIR = 112  # pixels at most of an image of a pair
 
@@ -89,10 +100,15 @@ class Gallery:
                 out[entry["title"]] = point
         return out
 
+    @cached_property
+    def _named(self) -> dict[str, str]:
+        """Set → title of those whose points are shown: the chosen ones come last."""
+        return {s: SHOWN[s] for s in SMALL} | {CHOSEN: chosen_title(self.summary)}
+
     def _spoken(self, kind: str) -> str:
         said = [
-            f"{SHOWN[s]} {cell(dict(self.cells[s, kind]), self.number)}"
-            for s in SMALL
+            f"{title} {cell(dict(self.cells[s, kind]), self.number)}"
+            for s, title in self._named.items()
             if (s, kind) in self.cells
         ]
         return f"With {kind} labels: {', '.join(said)}. " if said else ""
@@ -103,8 +119,8 @@ class Gallery:
         if not kinds:
             return None
         series = {
-            SHOWN[s]: [self._point(self.cells.get((s, k))) for k in kinds]
-            for s in SMALL
+            title: [self._point(self.cells.get((s, k))) for k in kinds]
+            for s, title in self._named.items()
             if any((s, k) in self.cells for k in kinds)
         }
         named = [self._budget(k) for k in kinds]
@@ -225,9 +241,14 @@ class Gallery:
     @cached_property
     def accuracies(self) -> dict[str, list[float | None]]:
         """Series by class: students of the first net, plain networks, the teacher."""
-        wanted = [(s, labels_of(s, self.summary)) for s in ("distilled", "random")]
+        # The chosen set where it is none of the others.
+        labels, which = self.summary["labels"], kept(self.summary)
+        apart = which and (which == "initial" or (which, labels) not in self.cells)
+        sets = ("distilled", *([CHOSEN] if apart else []), "random")
+        wanted = [(s, labels_of(s, self.summary)) for s in sets]
         wanted += [("full", "online"), ("full", "hard")]
-        out = {SHOWN[s]: self.cells[s, y]["per_class"] for s, y in wanted if (s, y) in self.cells}
+        titles = {**SHOWN, CHOSEN: exported(self.summary)}
+        out = {titles[s]: self.cells[s, y]["per_class"] for s, y in wanted if (s, y) in self.cells}
         named = [(e["title"], e) for e in self.summary.get("plain", [])]
         named += [(t, e) for t, e in self.summary["experts"].items() if t == "teacher"]
         return out | {title: e["per_class"] for title, e in named if e.get("per_class")}
@@ -355,6 +376,8 @@ class Gallery:
             and r["net"] == self.net
             and (r["set"] in WHOLE_SETS or r["labels"] == labels_of(r["set"], self.summary))
         ]
+        if kept(self.summary) in {r["set"] for r in shown}:  # one student stands for both
+            shown = [r for r in shown if r["set"] != CHOSEN]
         return {f"{r['set']} {r['labels']}": r["loss"] for r in shown}
 
     def timeline(self) -> Picture | None:
@@ -365,6 +388,7 @@ class Gallery:
                 return None
             end = calendar.timegm(time.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ"))
             part = PARTS.get(kind_of(folder), "the method")
+            part = PARTS["choose"] if name.startswith(TRIAL) else part
             seconds = record["seconds"]
             bars.append(work.Bar(name, part, end - seconds, end, record["ranks"]))
         if not bars:

@@ -31,17 +31,20 @@ ASKS = (
 )
 
 
+# Of the images, by what they are: who looks for distilled ones finds no others.
+TAGS = {"distilled": "dataset-distillation", "initial": "coreset", "random": "random-subset"}
+
+
 def header(opened: Opened, formats: list[str], num_images: int) -> str:
     """The YAML between the ``---`` lines."""
-    publish, method = opened.publish, opened.told["config"]["method"]
+    publish, made = opened.publish, TAGS[opened.kept]
+    method = [opened.told["config"]["method"]] * (opened.kept != "random")  # it made none of those
     default = next(name for name in PATHS if name in formats)
     told: dict[str, Any] = {
         "pretty_name": opened.told["name"],
         **_license(publish.license, publish.license_link),
         "task_categories": ["image-classification"],
-        "tags": list(
-            dict.fromkeys(["dataset-distillation", "long-tailed", "image", method, *publish.tags])
-        ),
+        "tags": list(dict.fromkeys([made, "long-tailed", "image", *method, *publish.tags])),
         "size_categories": [size_category(num_images)],
         # One only: `datasets` reads all of a card's by one and the same reader.
         "configs": [

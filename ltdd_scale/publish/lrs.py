@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltdd_scale.results import labels_of
+from ltdd_scale.publish.kept import CALLED, OWN, kept
+from ltdd_scale.results import CHOSEN, labels_of
 
 HARD = "hard"
 PLAIN = "plain, whole set"  # the title of the network on the whole set with its classes
@@ -24,7 +25,7 @@ WEIGHT = 0.5
 @dataclass(frozen=True)
 class Accuracies:
     """What the score needs, all of one network, as fractions in [0, 1]: the whole real set with
-    classes, the distilled set with classes, and both small sets judged in the set's own way."""
+    classes, the exported set with classes, and both small sets judged in the set's own way."""
 
     whole_hard: float
     distilled_hard: float
@@ -48,16 +49,21 @@ class Accuracies:
 
 
 def of_results(results: Mapping[str, Any]) -> dict[str, Accuracies]:
-    """net → accuracies (means over seeds) for every network that has been run in all four ways."""
+    """net → accuracies (means over seeds) for every network that has been run in all four ways.
+
+    They are of the images that are exported: of the chosen ones, where images were chosen.
+    """
     summary = results["summary"]
     number = "top1" if summary.get("balanced_test", True) else "balanced"
     cells = {(e["set"], e["labels"], e["net"]): e[number] for e in summary["students"]}
     whole = {e["net"]: e[number] for e in summary.get("plain", []) if e["title"] == PLAIN}
-    own = ("distilled", labels_of("distilled", summary))
+    chosen = kept(summary)
+    own = (CHOSEN if chosen else OWN, labels_of(OWN, summary))
     random = ("random", labels_of("random", summary))
+    hard = own if own[1] == HARD else (chosen or OWN, HARD)
     found = {}
     for net, accuracy in whole.items():
-        wanted = [("distilled", HARD, net), (*own, net), (*random, net)]
+        wanted = [(*hard, net), (*own, net), (*random, net)]
         values = [v for v in (accuracy, *map(cells.get, wanted)) if v is not None]
         if len(values) == 1 + len(wanted):
             found[net] = Accuracies(*(v / 100 for v in values))
@@ -76,10 +82,12 @@ def text(results: Mapping[str, Any]) -> str:
         return ""
     summary = results["summary"]
     balanced = "" if summary.get("balanced_test", True) else "Accuracies are balanced ones. "
+    chosen = kept(summary)
+    images = f"exported set ({CALLED[chosen]})" if chosen not in ("", OWN) else "distilled set"
     about = (
         "LRS = (exp α − exp −1) / (exp 1 − exp −1) with α = ½·IOR − ½·HLR, accuracies as "
-        "fractions; HLR: whole long-tailed set minus distilled set, both with plain classes; IOR: "
-        f"distilled set minus random real images ({labels_of('distilled', summary)} against "
+        f"fractions; HLR: whole long-tailed set minus {images}, both with plain classes; IOR: "
+        f"{images} minus random real images ({labels_of('distilled', summary)} against "
         f"{labels_of('random', summary)} labels). IOR = HLR gives 0.269. "
         f"{balanced}Last weights; no choice on test images."
     )

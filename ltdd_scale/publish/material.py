@@ -16,9 +16,11 @@ FOLDER = "distilled"  # of the set, in a run folder
 class Material:
     """`config` is the whole config as plain values, `config_yaml` the same as people read it.
 
-    Roles of `folders`: shard, distilled, initial, labels, teacher, verdict. `initial` and `teacher`
-    may be None or left out. `fingerprints` has those of the same roles. `stages` are (name, folder)
-    of all stages of the run in their order, students included.
+    Roles of `folders`: shard, distilled, initial, labels, teacher, verdict; kept and kept_labels,
+    where images were chosen: those that leave the house, while distilled and labels stay the
+    method's own. `initial`, `teacher` and the kept ones may be None or left out. `fingerprints` has
+    those of the same roles. `stages` are (name, folder) of all stages of the run in their order,
+    students included.
     """
 
     name: str
@@ -37,6 +39,16 @@ class Material:
 
     def find(self, role: str) -> Path | None:
         return self.folders.get(role)
+
+    @property
+    def kept(self) -> Path:
+        """The images that are exported."""
+        return self.find("kept") or self.folder("distilled")
+
+    @property
+    def kept_labels(self) -> Path:
+        """The labels that are exported: of `kept`."""
+        return self.find("kept_labels") or self.folder("labels")
 
     @property
     def ipc(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from scipy import special
 
+from ltdd_scale.publish import kept
 from ltdd_scale.publish.tables import HEADINGS, KINDS, PUBLISHED, cell, numbers
-from ltdd_scale.results import is_adjusted, labels_of, plain_name
+from ltdd_scale.results import CHOSEN, is_adjusted, labels_of, plain_name
 
 Entry = Mapping[str, Any]
 CONFIDENCE = 0.95  # of the two-sided test (Welch's) by which a difference is more than noise
@@ -17,7 +18,8 @@ LEAST = 0.05  # of a difference that is shown with one decimal
 
 
 def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
-    """The sentence of the configured labels, and one for each other kind that was run.
+    """The sentence of the configured labels, and one for each other kind that was run: all of the
+    images that the method made. Then one on those that are exported, where they are others.
 
     `net`: the students' network; `images` of the distilled set, `total` of the whole set.
     """
@@ -48,7 +50,7 @@ def message(summary: Entry, net: str, images: int, total: int) -> list[str]:
             continue
         against = _against_random(distilled, beside, number, "")
         out.append(f"With {other} labels: {cell(dict(distilled), number)} %{what}, {against}.")
-    return out
+    return out + _choice(summary, own, cells.get((CHOSEN, kind)), number)
 
 
 def two_stages(results: Entry) -> list[str]:
@@ -80,9 +82,26 @@ def _number_said(number: str) -> str:
     return "" if number == "top1" else f" ({HEADINGS[number]} accuracy)"
 
 
+def _choice(summary: Entry, own: Entry, chosen: Entry | None, number: str) -> list[str]:
+    """The sentence on the images that were chosen instead of the distilled ones, if any were."""
+    which = kept.kept(summary)
+    if which in ("", kept.OWN) or chosen is None or chosen.get(number) is None:
+        return []
+    images = {"initial": "the images that the method starts from", "random": "random real images"}
+    than = _against(chosen, own, number, "the distilled ones")
+    return [
+        f"The exported set has {images[which]} instead, which short students on validation images "
+        f"preferred: {cell(dict(chosen), number)} %{_number_said(number)} with "
+        f"{summary['labels']} labels, {than}."
+    ]
+
+
 def _against_random(own: Entry, other: Entry, number: str, labels: str) -> str:
     labelled = f" with {labels} labels" if labels else ""
-    than = f"random real images{labelled}"
+    return _against(own, other, number, f"random real images{labelled}")
+
+
+def _against(own: Entry, other: Entry, number: str, than: str) -> str:
     more, noise = difference(own, other, number)
     if abs(more) < LEAST:
         return f"no better than on {than}"

@@ -65,6 +65,11 @@ class Opened:
         return len(self.told["classes"])
 
     @property
+    def kept(self) -> str:
+        """Which images it has: distilled, or initial or random ones that were chosen instead."""
+        return self.told.get("chosen", {}).get("set", "distilled")
+
+    @property
     def publish(self) -> Publish:
         """Its settings; the defaults for a set that was written before there were such."""
         return parse(Publish, self.told["config"].get("publish", {}), "publish.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from markupsafe import Markup
 
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.shards import ShardSplit, square
-from ltdd_scale.publish import lrs
+from ltdd_scale.publish import kept, lrs
 from ltdd_scale.publish.blocks import (
     Block,
     Code,
@@ -21,7 +22,7 @@ from ltdd_scale.publish.blocks import (
     Table,
     environment,
 )
-from ltdd_scale.publish.gallery import Gallery, kind_of, spread
+from ltdd_scale.publish.gallery import TRIAL, Gallery, kind_of, spread
 from ltdd_scale.publish.material import Material
 from ltdd_scale.publish.message import message, two_stages
 from ltdd_scale.publish.pictures import images
@@ -29,6 +30,8 @@ from ltdd_scale.publish.pictures.canvas import FOLDER, Picture, inline, svg
 from ltdd_scale.publish.tables import (
     HEADINGS,
     STAGES_SAID,
+    chosen_title,
+    exported,
     matrix_rows,
     numbers,
     rows,
@@ -97,8 +100,7 @@ class _Page:
         self.material, self.split, self.results = material, split, results
         self.summary = results["summary"]
         self.pictures, self.drawn = pictures, drawn
-        kept = Distilled(material.folder("distilled"), len(split.classes))
-        self.num_images = len(kept)
+        self.num_images = len(Distilled(material.folder("distilled"), len(split.classes)))
 
     def sections(self) -> list[Section]:
         two = bool(stage_rows(self.results))
@@ -144,9 +146,10 @@ class _Page:
         table = Table(
             "The set beside random real images, the whole set and the experts, per cent",
             rows(self.results),
-            strong="distilled",
+            strong=exported(self.summary),
         )
-        notes = [ONLINE] if self.material.labels == "online" else []
+        notes = kept.lines(self.summary)
+        notes += [ONLINE] if self.material.labels == "online" else []
         notes += [] if self.summary.get("balanced_test", True) else [UNBALANCED]
         notes += [line.replace("**", "") for line in lrs.text(self.results).splitlines() if line]
         return [table, *map(Note, notes)]
@@ -170,7 +173,8 @@ class _Page:
             "The label matrix: students trained on each kind of image with each kind of label, "
             f"{number}"
         )
-        return [Table(said, matrix_rows(self.results), strong="distilled"), *self.drawing("bytes")]
+        strong = chosen_title(self.summary) if kept.kept(self.summary) else kept.OWN
+        return [Table(said, matrix_rows(self.results), strong=strong), *self.drawing("bytes")]
 
     def _classes(self, confusions: list[Block]) -> list[Block]:
         out = self.drawing("classes", "counts")
@@ -189,7 +193,8 @@ class _Page:
         return [*out, *confusions, *self.drawing("tree")]
 
     def _sheets(self) -> list[Block]:
-        """A sheet of real, initial (if there are such) and distilled images."""
+        """A sheet of real, initial (if there are such) and distilled images, and of random real
+        ones where these are exported."""
         size = min(self.material.resolution, SMALL)
         shown = spread(self.split.counts, 12)
         n = min(self.material.ipc, 8 if size <= SMALL // 2 else 4)
@@ -197,17 +202,26 @@ class _Page:
         for role in ("initial", "distilled"):
             folder = self.material.find(role)
             if folder is not None:
-                kept = Distilled(folder, len(self.split.classes))
-                kinds[role] = [images.shrunk(np.asarray(kept.load(c)[:n]), size) for c in shown]
+                kinds[role] = self._made(folder, shown, n, size)
+        chosen = kept.kept(self.summary)
+        if chosen == "random":
+            kinds[kept.CALLED[chosen]] = self._made(self.material.kept, shown, n, size)
         names = ", ".join(f"{self.split.classes[c]} ({self.split.counts[c]:,})" for c in shown)
         *first, last = kinds
         title = f"{', '.join(first)} and {last} images".capitalize()
         said = f"A row a class, from head to tail: {names}. Left to right: {', '.join(kinds)}."
+        if chosen:
+            said += f" The {kept.CALLED[chosen].removesuffix(' images')} ones are exported."
         if self.material.resolution > SMALL:
             said += f" Shrunk to {SMALL} pixels."
         source, width = images.contact_sheet(list(kinds.values()), n)
         scale = max(1, round(960 / width))
         return [Sheet(title, source, width * scale, said)]
+
+    def _made(self, folder: Path, shown: Sequence[int], n: int, size: int) -> list[np.ndarray]:
+        """The first `n` images of each class that is shown, of a set of a stage."""
+        held = Distilled(folder, len(self.split.classes))
+        return [images.shrunk(np.asarray(held.load(c)[:n]), size) for c in shown]
 
     def _real(self, label: int, n: int, size: int) -> np.ndarray:
         members = np.flatnonzero(self.split.labels == label)[:n]
@@ -226,15 +240,22 @@ class _Page:
         ]
 
     def _stages(self) -> list[list[str]]:
-        """Rows of the table of stages; all students share one."""
+        """Rows of the table of stages; all students share one, and so do all trials."""
         out: dict[str, list[str]] = {"": ["stage", "time", "on", "facts"]}
-        seconds, num_students = 0.0, 0
+        seconds: dict[str, list[float]] = {"students": [], "trials": []}
+        cells = set()
         for name, folder in self.material.stages:
             record = files.read_json(folder / "stage.json")
             if kind_of(folder) == "student":
-                seconds, num_students = seconds + record["seconds"], num_students + 1
-                cells = f"{num_students} students in {len(self.summary['students'])} cells"
-                out["students"] = ["students", f"{duration(seconds)} of one rank", "", cells]
+                if record["facts"].keys() == {"note"}:  # another student stands for it
+                    continue
+                row, facts = "trials", "short students, judged on validation images"
+                if not name.startswith(TRIAL):
+                    cells.add(name.rpartition("-s")[0])
+                    row, facts = "students", f"students in {len(cells)} cells"
+                seconds[row].append(record["seconds"])
+                time = f"{duration(sum(seconds[row]))} of one rank"
+                out[row] = [row, time, "", f"{len(seconds[row])} {facts}"]
                 continue
             facts = ", ".join(f"{k} {v}" for k, v in record["facts"].items())
             where = f"{record['ranks']} × {record['device']}"

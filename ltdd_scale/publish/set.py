@@ -22,6 +22,7 @@ from ltdd_scale.data.settings import Location
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.models import frozen
+from ltdd_scale.publish import kept
 from ltdd_scale.publish.card import card
 from ltdd_scale.publish.encode import Encoding, decode
 from ltdd_scale.publish.formats import WRITERS
@@ -120,8 +121,10 @@ def _fill(fresh: Path, material: Material, split: ShardSplit, results: dict[str,
     names = folder_names(split.classes)
     publish = parse(Publish, material.config.get("publish", {}), "publish.")
     encoding = Encoding(publish.images, publish.quality)
-    held = Distilled(material.folder("distilled"), len(names))
+    held = Distilled(material.kept, len(names))
     told = description(material, split, names)
+    if chosen := kept.record(results["summary"]):
+        told["chosen"] = chosen
     told["images"] = _put_images(
         fresh, encoding, ((name, held.load(label)) for label, name in enumerate(names))
     )
@@ -136,12 +139,12 @@ def _fill(fresh: Path, material: Material, split: ShardSplit, results: dict[str,
         files.write_json(fresh / "hints.json", hints)
     if zca := material.find("zca"):
         shutil.copyfile(zca / whitening.FILE, fresh / whitening.FILE)
-    _copy_labels(material.folder("labels"), fresh)
+    _copy_labels(material.kept_labels, fresh)
     teacher = material.find("teacher")
     if teacher is not None:
         _put_teacher(teacher / "weights.pt", fresh)
-    kept = {name: value for name, value in results.items() if name != "loss_curves"}
-    files.write_json(fresh / "results.json", kept)
+    without = {name: value for name, value in results.items() if name != "loss_curves"}
+    files.write_json(fresh / "results.json", without)
     _finish(fresh, told, (IMAGEFOLDER, *publish.formats), results)
 
 

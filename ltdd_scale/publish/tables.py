@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ltdd_scale.results import RANDOM_PLAIN, RANDOM_PLAIN_TITLE, labels_of
+from ltdd_scale.publish import kept
+from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, RANDOM_PLAIN_TITLE, labels_of
 
-SHOWN = {
-    "distilled": "distilled",
-    "initial": "initial images",
-    "random": "random real",
-    "full": "whole long-tailed set",
-}
-# Titles in the order of their rows; the plain network comes after them.
-ORDER = (SHOWN["distilled"], SHOWN["random"], RANDOM_PLAIN_TITLE, SHOWN["full"])
+SHOWN = {**kept.CALLED, CHOSEN: CHOSEN, "full": "whole long-tailed set"}
+# The rows of students in their order; the plain network comes after them.
+ORDER = ("distilled", CHOSEN, "random", RANDOM_PLAIN_TITLE, "full")
 HEADINGS = {
     "top1": "top-1",
     "balanced": "balanced",
@@ -57,12 +53,14 @@ def cell(entry: dict[str, Any], number: str) -> str:
     return f"{entry[number]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], reasons: bool = True) -> str:
     """All tables as Markdown, after the warnings: the results, the label matrix and the published
-    pair of stages, where there are such."""
+    pair of stages, where there are such. `reasons`: with what was chosen and why, if anything."""
     first = HEADINGS[numbers(results["summary"])[0]]
     text = "".join(f"{said}\n\n" for said in warnings(results["summary"]))
     text += markdown(rows(results))
+    if reasons:
+        text += "".join(f"\n\n{said}" for said in kept.lines(results["summary"]))
     if results["matrix"]:
         text += f"\n\nThe label matrix ({first}):\n\n" + matrix_table(results)
     if pairs := stage_rows(results, published=True):
@@ -76,8 +74,8 @@ def warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """The set beside random real images with the same labels and with classes, the whole
-    long-tailed set and the experts."""
+    """The distilled set beside the chosen one, random real images with the same labels and with
+    classes, the whole long-tailed set and the experts."""
     summary = results["summary"]
     shown = numbers(summary)
     out = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
@@ -93,21 +91,32 @@ def _students(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     nets = {e["net"] for e in summary["students"]}
     found = []
     for e in summary["students"]:
-        if title := _title(e, summary):
-            found.append((title, ORDER.index(title), e))
+        if place := _place(e, summary):
+            title = exported(summary) if place == CHOSEN else SHOWN.get(place, place)
+            found.append((title, ORDER.index(place), e))
     for e in summary.get("plain", []):
         found.append((e["title"], len(ORDER), {"labels": "hard", **e}))
     found.sort(key=lambda item: (item[2]["net"] not in nets, item[2]["net"], item[1]))
     return [(title, e) for title, _, e in found]
 
 
-def _title(entry: dict[str, Any], summary: dict[str, Any]) -> str:
-    """What the row of a student is called; nothing where it stands in the label matrix alone."""
+def _place(entry: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Which row of `ORDER` a student has; nothing where it stands in the label matrix alone."""
     which, labels = entry["set"], entry["labels"]
-    configured = which in ("distilled", "random") and labels == labels_of(which, summary)
-    if which == "full" or configured:
-        return SHOWN[which]
+    if which == "full" or (which in ORDER and labels == labels_of(which, summary)):
+        return which
     return RANDOM_PLAIN_TITLE if (which, labels) == RANDOM_PLAIN else ""
+
+
+def exported(summary: dict[str, Any]) -> str:
+    """The title of the row of the images that are exported."""
+    return kept.title(which) if (which := kept.kept(summary)) else SHOWN[kept.OWN]
+
+
+def chosen_title(summary: dict[str, Any]) -> str:
+    """The title of the chosen sets of all kinds of labels; it names the set where it is one."""
+    sets = {found["set"] for found in summary.get("choice", {"kinds": {}})["kinds"].values()}
+    return kept.title(sets.pop()) if len(sets) == 1 else SHOWN[CHOSEN]
 
 
 def matrix_table(results: dict[str, Any]) -> str:
@@ -117,18 +126,26 @@ def matrix_table(results: dict[str, Any]) -> str:
 
 def matrix_rows(results: dict[str, Any]) -> list[list[str]]:
     """Images × labels, the number that counts; what nobody trained on is left out. A dash where a
-    set has no such labels: real images have no learned ones."""
+    set has no such labels: real images have no learned ones. Where other images were chosen for
+    other labels, each cell of the chosen ones names its own."""
     summary = results["summary"]
+    title = chosen_title(summary)
     number = numbers(summary)[0]
     cells = {(e["set"], e["labels"], e["net"]): e for e in summary["students"]}
-    sets = [s for s in ("random", "initial", "distilled") if any(s == k[0] for k in cells)]
+    order = ("random", "initial", "distilled", CHOSEN)
+    sets = [s for s in order if any(s == k[0] for k in cells)]
     there = list(dict.fromkeys(kind for which, kind, _ in cells if which in sets))
     kinds = [k for k in KINDS if k in there] + [k for k in there if k not in KINDS]
     out = [["images", *kinds, "net"]]
     for net in sorted({k[2] for k in cells if k[0] in sets}):
         for which in sets:
             values = [cell(cells.get((which, kind, net), {}), number) for kind in kinds]
-            out.append([SHOWN[which], *values, net])
+            if which == CHOSEN and title == SHOWN[CHOSEN]:
+                sets_of = [kept.CALLED.get(kept.kept(summary, kind), "") for kind in kinds]
+                values = [
+                    v if v == "–" else f"{v} ({s})" for v, s in zip(values, sets_of, strict=True)
+                ]
+            out.append([title if which == CHOSEN else SHOWN[which], *values, net])
     return out
 
 
