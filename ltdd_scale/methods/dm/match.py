@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ltdd_scale.data import distilled, siamese
 from ltdd_scale.methods.dm.chunks import divide
 from ltdd_scale.methods.dm.settings import Dm
+from ltdd_scale.methods.matching import features
+from ltdd_scale.methods.matching.features import distance, mean_features
 from ltdd_scale.methods.matching.real import Pixels, RealClass, RealSet, open_real
-from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import Progress
@@ -47,25 +48,10 @@ class Matching:
     def network(self, iteration: int) -> nn.Module:
         """The random features of an iteration, [n, 3, R, R] → [n, d]."""
         made_of = (self.settings.net, self.settings.width, self.settings.norm, self.size)
-
-        def build() -> nn.Module:
-            return registry.backbone(*made_of)
-
-        net = registry.seeded(build, self.seed, "dm net", iteration)
-        return self.ranks.to_device(net).eval().requires_grad_(False)
+        return features.network(made_of, self.ranks, self.seed, "dm net", iteration)
 
     def draw(self, iteration: int) -> siamese.Draw:
         return siamese.draw(rng(self.seed, "dsa", iteration), self.strategy, self.size)
-
-
-def mean_features(net: nn.Module, images: Tensor, draw: siamese.Draw, ranks: Ranks) -> Tensor:
-    """Mean over normalised images [n, 3, R, R] of their features after `draw`: float32 [d]."""
-    return frozen.forward(net, siamese.apply(images, draw), ranks).mean(0)
-
-
-def distance(real: Tensor, synthetic: Tensor) -> Tensor:
-    """‖real − synthetic‖² of mean features [d]."""
-    return (real - synthetic).square().sum()
 
 
 def match_chunk(

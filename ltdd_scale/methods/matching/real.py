@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ class RealSet:
         members = np.flatnonzero(self.labels == label)
         pixels = torch.from_numpy(self.decode(members)).to(self.device)
         return RealClass(label, pixels, np.searchsorted(members, self.start[label]))
+
+    def some(self, classes: Sequence[int], most: int, *key: int | str) -> tuple[Tensor, list[int]]:
+        """At most `most` images of each class, drawn by `key` and the class: uint8 [n, 3, R, R] on
+        the device, class after class, and how many of each. What is held does not grow with the
+        set."""
+        drawn = []
+        for label in classes:
+            members = np.flatnonzero(self.labels == label)
+            if len(members) > most:
+                members = np.sort(rng(*key, label).permutation(members)[:most])
+            drawn.append(members)
+        pixels = torch.from_numpy(self.decode(np.concatenate(drawn))).to(self.device)
+        return pixels, [len(members) for members in drawn]
 
     def decode(self, members: np.ndarray) -> np.ndarray:
         """The images `members` int [n] as whole squares, uint8 [n, 3, R, R]."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ltdd_scale.methods.rldd import chunks, guard, matched
 from ltdd_scale.methods.rldd.settings import Net
 from ltdd_scale.models import areas, flops, registry
 from ltdd_scale.stage import Cost, Facts
@@ -61,19 +62,46 @@ def initialize(settings: Any, facts: Facts) -> Cost:
 
 
 def recover(settings: Any, facts: Facts) -> Cost:
-    """Forward passes and input gradients (as much again) of the observer, and of the teacher where
-    it guards the images."""
+    """Forward passes and input gradients (as much again) of the observer, of the teacher where it
+    guards the images, and of random networks where they are matched."""
     own, seen = settings.recover, settings.images
-    nets = [settings.observer, *([settings.teacher] if own.teacher_ce > 0 else [])]
-    measures = [_measure(net, seen.resolution) for net in nets]
+    observer = _measure(settings.observer, seen.resolution)
+    teacher = _measure(settings.teacher, seen.resolution) if own.needs_teacher else None
+    nets = [observer, *([teacher] if teacher and own.teacher_ce else [])]
     small = facts.num_classes * settings.ipc
     batch = min(own.batch_size, small)
     moments = _moments(settings.observer, seen.resolution, settings.conv_inputs, facts)
+    added = _matching(settings, facts) if own.matching else Cost()
+    looks = 0  # at whole images, by the teacher
+    if teacher and own.iterations:
+        looks = own.guard_confidence + (1 + len(guard.checks(own.iterations))) * (own.stop > 0)
     return Cost(
-        flops=own.iterations * small * 2 * sum(m.flops for m in measures),
-        memory=sum(_weights(m, facts) for m in measures) + 2 * moments,
-        activations=batch * sum(m.activations for m in measures),
+        flops=own.iterations * small * 2 * sum(m.flops for m in nets)
+        + (looks * small * teacher.flops if teacher else 0.0)
+        + added.flops,
+        memory=sum(_weights(m, facts) for m in (observer, teacher) if m)
+        + 2 * moments
+        + added.memory,
+        activations=batch * sum(m.activations for m in nets) + added.activations,
         disk=_images(small, seen),
+    )
+
+
+def _matching(settings: Any, facts: Facts) -> Cost:
+    """What the matching term adds: a pass over real images of each class of a chunk, forward and
+    back over the chunk's own. What is held of a class is bounded."""
+    own, seen, ipc = settings.recover, settings.images, settings.ipc
+    one = flops.measure(*matched.network_shape(own, seen.resolution))
+    work = chunks.chunks(facts.num_classes, ipc, own.batch_size, own.chunk_classes)
+    shown = own.matching_real * sum(len(c.classes) for c in work)
+    held = max(sum(min(facts.counts[k], matched.HELD) for k in c.classes) for c in work)
+    changed = flops.FLOAT * _images(1, seen)  # an image after the augmentation
+    batch = min(own.batch_size, facts.num_classes * ipc)
+    real = min(matched.together(own), facts.num_classes) * own.matching_real
+    return Cost(
+        flops=own.iterations * (shown + 2 * ipc * facts.num_classes) * one.flops,
+        memory=_images(held, seen) + flops.FLOAT * one.parameters,
+        activations=batch * (one.activations + changed) + real * (one.passing + changed),
     )
 
 

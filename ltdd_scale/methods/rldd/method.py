@@ -20,12 +20,12 @@ SHOWN = {**places("seed", "runtime.precision"), "images": Section("data", Seen)}
 
 def experts(config: Any) -> tuple[str, ...]:
     """The observer always; the teacher where it chooses crops or guards recovery."""
-    teacher = config.initialize.needs_teacher or config.recover.teacher_ce > 0
+    teacher = config.initialize.needs_teacher or config.recover.needs_teacher
     return ("observer", "teacher") if teacher else ("observer",)
 
 
 def stages(config: Any) -> tuple[Stage, ...]:
-    guard = {"teacher": "teacher"} if config.recover.teacher_ce > 0 else {}
+    guard = {"teacher": "teacher"} if config.recover.needs_teacher else {}
     judge = {"teacher": "teacher"} if config.initialize.needs_teacher else {}
     # Costs depend on the networks; fingerprints know them anyway, by the experts that are inputs.
     observer = {"observer": Section("observer", Net)}
@@ -71,6 +71,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         division=Division.CHUNKS,
         pieces=f"{HERE}.chunks:pieces",
         cost=f"{HERE}.cost:recover",
+        check=f"{HERE}.matched:check",
         help="align the images with the statistics",
     )
     return calibrate, initialize, recover
@@ -98,6 +99,31 @@ def _check_initialize(config: Any) -> list[str]:
     return warnings
 
 
+def _check_terms(recover: Recover) -> list[str]:
+    """The weights of the loss, and what hangs on them."""
+    usual, warnings = Recover(), []
+    others = recover.ce, recover.teacher_ce, recover.matching
+    if recover.iterations and not (any(others) or recover.alignment):
+        raise UserError(
+            "recover.ce, recover.teacher_ce, recover.alignment, recover.matching: all are 0, so "
+            "recovery would do nothing; set recover.iterations=0 if that is meant"
+        )
+    if not any(others) and recover.alignment not in (0.0, 1.0):
+        warnings.append(
+            "recover.alignment scales the whole loss when recover.ce, teacher_ce and matching are "
+            "0: Adam does not see it"
+        )
+    if recover.guard_confidence and not recover.teacher_ce:
+        warnings.append("recover.guard_confidence has no effect with recover.teacher_ce=0")
+    if not recover.matching:
+        warnings += [
+            f"recover.{name} has no effect with recover.matching=0"
+            for name in ("matching_width", "matching_real")
+            if getattr(recover, name) != getattr(usual, name)
+        ]
+    return warnings
+
+
 def check(config: Any) -> list[str]:
     recover, warnings = config.recover, _check_initialize(config)
     if len(recover.betas) != 2 or not all(0 <= b < 1 for b in recover.betas):
@@ -112,16 +138,7 @@ def check(config: Any) -> list[str]:
         warnings.append("recover.residual has no effect without two or more recover.resolutions")
     if not recover.crop_scale:
         raise UserError("recover.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
-    if recover.iterations and not (recover.ce or recover.teacher_ce or recover.alignment):
-        raise UserError(
-            "recover.ce, recover.teacher_ce, recover.alignment: all are 0, so recovery would do "
-            "nothing; set recover.iterations=0 if that is meant"
-        )
-    if recover.ce == recover.teacher_ce == 0 and recover.alignment not in (0.0, 1.0):
-        warnings.append(
-            "recover.alignment scales the whole loss when recover.ce and teacher_ce are 0: "
-            "Adam does not see it"
-        )
+    warnings += _check_terms(recover)
     if not config.calibrate.fair and recover.classwise not in (0.0, Recover().classwise):
         warnings.append("recover.classwise has no effect with calibrate.fair=false")
     return warnings

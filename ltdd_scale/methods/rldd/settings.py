@@ -109,6 +109,19 @@ class Recover(Settings):
         "them, takes for their class",
         low=0,
     )
+    guard_confidence: Switch = option(
+        False,
+        "weight the teacher's cross-entropy of each image by the probability of its class that "
+        "the teacher gives the initial image: what it is unsure of, it does not guard",
+    )
+    stop: Number = option(
+        0.0,
+        "stop a chunk when the share of its images that the teacher takes for their class falls "
+        "by more than this below that of the initial ones, and keep the images of the check "
+        "before; there are ten checks; 0: never",
+        low=0,
+        high=1,
+    )
     alignment: Number = option(1.0, "r, weight of the alignment term", low=0)
     classwise: Number = option(
         0.5,
@@ -120,6 +133,19 @@ class Recover(Settings):
     ema: Number = option(
         0.8, "straight-through moving average of the batch statistics; 0: none", low=0, high=0.9999
     )
+    matching: Number = option(
+        0.0,
+        "weight of distribution matching: the squared distance of each class's mean features to "
+        "those of real images, summed over the chunk's classes, under a random network that is "
+        "new in each step (DM); 0: none",
+        low=0,
+    )
+    matching_width: Whole = option(128, "channels of the random ConvNet-3", low=1)
+    matching_real: Whole = option(
+        64,
+        "real images of each class of the chunk that a step looks at; small classes repeat",
+        low=1,
+    )
     crop_scale: Areas = option([0.5, 1.0], "area range of the crop in each step")
     resolutions: list[Whole] = option(
         [],
@@ -129,3 +155,7 @@ class Recover(Settings):
     residual: Number = option(
         0.0, "FADRM: share of the initial image that is mixed in between stages", low=0, high=1
     )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher_ce > 0 or self.stop > 0
