@@ -33,7 +33,7 @@ from ltdd_scale.methods.matching import segments
 from ltdd_scale.methods.matching.real import Pixels, RealClass
 from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Segment
-from ltdd_scale.methods.rldd import calibrate, recover
+from ltdd_scale.methods.rldd import calibrate, matched, recover
 from ltdd_scale.methods.rldd.settings import Recover
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.flat import Flat
@@ -264,13 +264,21 @@ def recovery(**changes):
     statistics = {"fair": True, "moments": moments}
     spec = ViewSpec(SIZE, (0.3, 1.0))
     made_of = (layers, statistics, "mixture", bound * 0, bound, spec, 0)
-    return recover.Material(objective, *made_of)
+    held = torch.from_numpy(pixels(2 * CLASSES)).to(GPU)
+    real = SimpleNamespace(some=lambda *_: (held, [2] * CLASSES))
+    shown = (Pixels(bound * 0, bound), settings, 0, siamese.choices(siamese.ALL), ALONE)
+    source = matched.Source(real, *shown) if settings.matching else None
+    return recover.Material(objective, *made_of, source)
 
 
-@pytest.mark.parametrize("resolutions", [[], [4, SIZE]])
-def test_a_chunk_of_recovered_images(resolutions):
-    material = recovery(resolutions=resolutions)
-    chunk = SimpleNamespace(number=0, labels=np.arange(CLASSES))
+MORE = {"matching": 0.1, "matching_width": 4, "matching_real": 3, "guard_confidence": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"resolutions": [4, SIZE]}, MORE])
+def test_a_chunk_of_recovered_images(changes):
+    material = recovery(**changes)
+    classes = tuple(range(CLASSES))
+    chunk = SimpleNamespace(number=0, classes=classes, labels=np.arange(CLASSES))
     with Watching() as watching:
         batch = material.batch(chunk, pixels(CLASSES))
         with material.alignment(chunk) as alignment:
