@@ -53,13 +53,11 @@ class Mixing:
 @dataclass(frozen=True)
 class Recipe:
     """`mixing(expert)`; `objective(expert, counts, device)` with the images of each class, int [C];
-    `projection(expert)`: the width of a projector, 0: none; `plain`: whether the head `fc` learns
-    what a plain network would."""
+    `projection(expert)`: the width of a projector, 0: none."""
 
     mixing: Callable[[Expert], Mixing]
     objective: Callable[[Expert, np.ndarray, torch.device], Objective]
     projection: Callable[[Expert], int]
-    plain: bool
 
 
 def two_views(
@@ -135,8 +133,6 @@ def _balanced_objective(expert: Expert, counts: np.ndarray, device: torch.device
 
 
 RECIPES: dict[str, Recipe] = {
-    "glmc": Recipe(
-        _glmc_mixing, _glmc_objective, lambda e: PROJECTION if e.contrast else 0, plain=True
-    ),
-    "balanced": Recipe(_balanced_mixing, _balanced_objective, lambda e: 0, plain=False),
+    "glmc": Recipe(_glmc_mixing, _glmc_objective, lambda e: PROJECTION if e.contrast else 0),
+    "balanced": Recipe(_balanced_mixing, _balanced_objective, lambda e: 0),
 }

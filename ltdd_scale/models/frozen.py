@@ -116,7 +116,7 @@ class Frozen:
 
     @torch.no_grad()
     def plain_logits(self, x: Tensor) -> Tensor:
-        """Of the head `fc`. An expert that was trained without debiasing has not trained it."""
+        """Of the head `fc`, which the recipe glmc trains; the other leaves it as it was drawn."""
         x = channels_last(x)
         with self.ranks.autocast():
             expert: Any = self.model  # one with two heads
