@@ -13,6 +13,7 @@ from ltdd_scale.judging import choose
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.labels.catalog import KINDS
+from ltdd_scale.labels.stage import labellers
 from ltdd_scale.labels.stage import stage as relabel
 from ltdd_scale.methods.catalog import METHODS
 from ltdd_scale.stage import Stage
@@ -41,7 +42,7 @@ def experts(config: Any) -> tuple[str, ...]:
     """The networks that somebody reads: the method, a kind of label, a row of the verdict."""
     method, protocol = METHODS[config.method], PROTOCOLS[config.protocol]
     labels = KINDS[config.relabel.labels].teacher
-    teacher = ("teacher",) if labels or protocol.teacher(config) else ()
+    teacher = tuple(labellers(config)) if labels or protocol.teacher(config) else ()
     observer = ("observer",) if protocol.observer(config) else ()
     asked = {*method.experts(config), *teacher, *observer}
     return tuple(role for role in ROLES if role in asked)

@@ -14,6 +14,7 @@ from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.data.settings import Chosen, Location
 from ltdd_scale.errors import UserError
+from ltdd_scale.labels.stage import labellers
 from ltdd_scale.pipeline import graph, store
 from ltdd_scale.pipeline.graph import Node
 from ltdd_scale.publish.material import Material
@@ -69,7 +70,7 @@ class Session:
             "labels": roles.labels,
             "kept": roles.chosen,
             "kept_labels": roles.chosen_labels,
-            "teacher": "teacher" if "teacher" in self.nodes else "",
+            **{role: role if role in self.nodes else "" for role in labellers(self.config)},
             "zca": "whiten" if "whiten" in self.nodes else "",
             "verdict": recipe.VERDICT,
             "grouping": "grouping" if "grouping" in self.nodes else "",

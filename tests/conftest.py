@@ -20,13 +20,14 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["slurm_tools", "set_tools"]
 
-# A whole run in a few seconds: every stage does real work on real digits. Its report is plain.
+# A whole run in a few seconds: every stage does real work on real digits. Its report is plain. The
+# observer has the default recipe, the teacher the published one: what holds, holds for both.
 PLAIN_REPORT = "publish: {pictures: false, formats: []}\n"
 TINY = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 24, imbalance_factor: 6, test_per_class: 10, val_per_class: 5}
 ipc: 4
 observer: {net: convnet3, norm: batch, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
-teacher: {net: convnet3, norm: instance, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
+teacher: {recipe: glmc, optimizer: sgd, lr: 0.01, net: convnet3, norm: instance, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 12, chunk_classes: 4, iterations: 12}

@@ -36,7 +36,7 @@ LONG = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 64, imbalance_factor: 4, test_per_class: 10, val_per_class: 5}
 ipc: 4
 observer: {net: convnet3, norm: batch, width: 8, epochs: 14, batch_size: 16, crop_padding: 1}
-teacher: {net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
+teacher: {recipe: glmc, optimizer: sgd, lr: 0.01, net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
 recover: {batch_size: 20, chunk_classes: 5, iterations: 150}

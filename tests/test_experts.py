@@ -214,11 +214,12 @@ def test_the_options_of_deepspeed_must_be_there(tmp_path):
 
 def test_cost_of_an_expert():
     """FLOPs: epochs · images · views · (forward + 2 forwards). A micro-batch keeps less."""
-    facts, expert = Facts((80, 20)), Expert(net="convnet3", width=8, epochs=7, batch_size=10)
+    facts = Facts((80, 20))
+    expert = Expert(recipe="glmc", optimizer="sgd", width=8, epochs=7, batch_size=10)
     net = ("convnet3", 8, "instance", 32)
     both = cost.cost(given("teacher", teacher=expert), facts)
     assert both.flops == 7 * 100 * 2 * 3 * flops.forward(*net)
-    one_view = expert.model_copy(update={"recipe": "balanced", "optimizer": "adamw"})
+    one_view = Expert(width=8, epochs=7, batch_size=10)
     plain = cost.cost(given("teacher", teacher=one_view), facts)
     assert plain.flops == both.flops / 2 and plain.batch == both.batch / 2
     assert plain.disk > 10 * 4 * flops.parameters(*net), "AdamW has two moments"

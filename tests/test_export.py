@@ -290,6 +290,10 @@ def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
         )
         in text
     )
+    assert "two networks" not in text
+    text = said("online", "both", labeller="both")
+    assert '"The teacher" is two networks here' in text and "convnet3 + convnet3" in text
+    assert "two networks" not in said("hard", "hard", labeller="both")
     text = said("online", "online", class_share=0.25)
     assert "(`online`). The class of an image has a share of 0.25 in these labels." in text
     assert f"{whole}, as the logits of 0.75" in text

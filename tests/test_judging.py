@@ -13,6 +13,7 @@ from ltdd_scale.data import distilled, sharding, sources
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import Expert
 from ltdd_scale.judging import cost, single_stage, student, training, verdict
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
@@ -448,9 +449,13 @@ def test_a_diverged_student_is_an_error(house, tmp_path):
         run_student(config_of(lr=1e30, optimizer="sgd"), "distilled", house, tmp_path / "s")
 
 
-@pytest.mark.parametrize("plain", ["own", "expert", "none"])
-def test_verdict(plain, house, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("plain", "recipe"),
+    [("own", "balanced"), ("expert", "balanced"), ("expert", "glmc"), ("none", "glmc")],
+)
+def test_verdict(plain, recipe, house, tmp_path, capsys):
     config = config_of(plain=plain, plain_epochs=1, epochs=1, matrix=plain == "own", seeds=2)
+    config = config.model_copy(update={"teacher": Expert(recipe=recipe)})
     found = single_stage.stages(config, ROLES)
     folders = {name: house / name for name in ("shard", "teacher")}
     for unit in found[:-1]:
@@ -473,10 +478,12 @@ def test_verdict(plain, house, tmp_path, capsys):
     assert all(set(c) == {"set", "labels", "net", "seed", "loss"} for c in results["loss_curves"])
     assert {c["seed"] for c in results["loss_curves"]} == {0}
     titles = {
-        "own": ["plain, whole set", "plain, logit-adjusted"],
-        "expert": ["teacher's plain head", "teacher's plain head, logit-adjusted"],
+        ("own", "balanced"): ["plain, whole set", "plain, logit-adjusted"],
+        # With all of the prior out of the logits, the adjusted network is the teacher itself.
+        ("expert", "balanced"): ["teacher, prior put back"],
+        ("expert", "glmc"): ["teacher's plain head", "teacher's plain head, logit-adjusted"],
     }
-    assert [e["title"] for e in summary.get("plain", [])] == titles.get(plain, [])
+    assert [e["title"] for e in summary.get("plain", [])] == titles.get((plain, recipe), [])
     assert ("plain" in summary) == (plain != "none")
     for entry in summary.get("plain", []):
         assert entry["net"] == "convnet3" and set(NUMBERS) <= set(entry)
@@ -485,7 +492,7 @@ def test_verdict(plain, house, tmp_path, capsys):
     random = next(e for e in summary["students"] if (e["set"], e["labels"]) == ("random", "hard"))
     wanted = [*summary.get("plain", []), random, summary["experts"]["teacher"]]
     assert [r["title"] for r in rungs] == [
-        *titles.get(plain, []),
+        *titles.get((plain, recipe), []),
         "random real, plain labels",
         "teacher",
     ]

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltdd_scale.config.root import Config
+from ltdd_scale import recipe
+from ltdd_scale.config.root import Config, check
 from ltdd_scale.data import augment, distilled
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
-from ltdd_scale.labels import adjust, cost, learned, single, stored
+from ltdd_scale.labels import adjust, cost, labeller, learned, single, stored
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.mixture import with_class
@@ -261,9 +262,10 @@ def test_adsa_finds_the_shift_that_was_put_in():
 
 
 def test_cost_is_the_teachers_passes():
-    def asked(labels, **changes):
+    def asked(labels, more=None, **changes):
         values = {
             "labels": labels,
+            **(more or {}),
             "relabel": Relabel(**changes),
             "ipc": 10,
             "net": "convnet3",
@@ -284,6 +286,7 @@ def test_cost_is_the_teachers_passes():
     assert asked("hard").flops == asked("learned").flops == 0
     assert asked("learned").disk == 4 * 30 * 3 and asked("hard").disk == 0
     assert asked("online", adjust=True).flops == pytest.approx(2 * once)
+    assert asked("online", {"labellers": 2}).flops == pytest.approx(2 * once)
     assert asked("single", views=4).flops == pytest.approx(4 * once)
     assert asked("stored", views=4).flops == pytest.approx(54 * once)
     single = asked("single").disk
@@ -383,3 +386,38 @@ def test_the_record_says_what_single_labels_are_drawn_from():
     assert "views" in beside and "views" not in record(labels="online")
     assert "student_epochs" in record(labels="stored")
     assert "views" not in record(labels="hard", views=2)
+
+
+def test_the_observer_labels_too_where_it_is_asked_to(tmp_path):
+    """The teacher alone, the default, has no trace of it; with both, all who are labelled by
+    networks read both, and the stage writes the mean of their logits."""
+    alone = Config(relabel=Relabel(labels="single"))
+    both = Config(relabel=Relabel(labels="single", labeller="both"))
+    stage = relabel_stage(both, "recover")
+    assert "observer" not in relabel_stage(alone, "recover").inputs
+    assert "labellers" not in relabel_stage(alone, "recover").given
+    assert stage.inputs["observer"] == "observer" and stage.given["labellers"] == 2
+    hard = Config(relabel=Relabel(labels="hard", labeller="both"))
+    assert "observer" not in relabel_stage(hard, "recover").inputs
+    assert any("labeller has no effect" in w for w in check(hard))
+    # Whoever is labelled by networks reads both: random real images beside a set of another method.
+    matched = Config(method="dm", relabel=Relabel(labels="single", labeller="both"))
+    stages = {s.name: s for s in recipe.stages(matched, "")}
+    assert {"observer", "teacher"} <= set(stages)
+    assert "observer" in stages["student/random-single-convnet3-s0"].inputs
+    assert "observer" not in stages["student/random-hard-convnet3-s0"].inputs
+
+    folders = {}
+    for name, norm in (("teacher", "instance"), ("observer", "batch")):
+        made_of = frozen.recipe("convnet3", 4, norm, 8, 5)
+        model = registry.Student(registry.backbone("convnet3", 4, norm, 8), 5).eval()
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        frozen.save(folders[name] / "weights.pt", made_of, model)
+    loaded = labeller.load(Context(ALONE, tmp_path, folders, "w", quiet=True))
+    one = labeller.load(Context(ALONE, tmp_path, {"teacher": folders["teacher"]}, "w", quiet=True))
+    assert loaded is not None and one is not None
+    observer = frozen.load(folders["observer"] / "weights.pt", ALONE)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(loaded.logits(x), (one.logits(x) + observer.logits(x)) / 2, atol=1e-6)
+    assert labeller.load(Context(ALONE, tmp_path, {}, "w", quiet=True)) is None

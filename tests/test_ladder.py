@@ -88,6 +88,20 @@ def test_a_teacher_that_is_not_above_all_is_warned_of_in_one_sentence(values, wo
     assert said(labelled=False, **values) == [f"{words}: {MADE}"]
 
 
+def test_where_both_label_their_mean_is_the_rung():
+    summary = summary_of(teacher=96.0)
+    assert ladder.warnings(ladder.rungs(summary), True) == []
+    summary["experts"]["teacher + observer"] = {"net": "t + o", **dict.fromkeys(NUMBERS, 95.0)}
+    found = ladder.rungs(summary)
+    assert [r["title"] for r in found].count("teacher") == 0 and found[-1]["net"] == "t + o"
+    words = (
+        "teacher and observer together (95.0) are worse than random real images with plain labels "
+        "(95.7)"
+    )
+    assert ladder.warnings(found, True) == [f"{words}: their labels cost accuracy"]
+    assert ladder.warnings(found, False) == [f"{words}: what is made with them may cost accuracy"]
+
+
 @pytest.mark.parametrize(
     "values", [{"teacher": 95.8}, {"teacher": None}, {"random": None, "whole": ()}]
 )

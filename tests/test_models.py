@@ -183,6 +183,25 @@ def test_a_student_can_be_loaded_too_and_saves_to_the_same_bytes(tmp_path):
     assert again.any_size
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_mean_of_two_networks_is_that_of_their_logits(suffix, tmp_path):
+    """Of two heads and of one, of any net: from two files, and from the one it is saved as."""
+    (tmp_path / "a").mkdir()
+    _, expert = frozen_expert(tmp_path / "a")
+    student = registry.Student(registry.backbone("resnet32", 0, "", 8), 5).eval()
+    frozen.save(tmp_path / "b.pt", frozen.recipe("resnet32", 0, "", 8, 5), student)
+    paths, x = [tmp_path / "a" / "weights.pt", tmp_path / "b.pt"], torch.randn(3, 3, 8, 8)
+    both = frozen.load_mean(paths, ALONE)
+    wanted = (expert.logits(x) + student(x)) / 2
+    assert torch.allclose(both.logits(x), wanted, atol=1e-6) and not both.logits(x).requires_grad
+    assert frozen.title(both.recipe) == "convnet3 + resnet32"
+    assert not both.any_size, "convnet3 takes one side only"
+    frozen.write(tmp_path / f"m{suffix}", *frozen.read_mean(paths))
+    again = frozen.load(tmp_path / f"m{suffix}", ALONE)
+    assert torch.equal(again.logits(x), both.logits(x)) and again.recipe == both.recipe
+    assert torch.equal(frozen.load_mean(paths[:1], ALONE).logits(x), expert.logits(x))
+
+
 def test_autocast_gives_float32_logits(tmp_path):
     _, exact = frozen_expert(tmp_path)
     half = frozen.load(tmp_path / "weights.pt", Ranks(0, 1, torch.device("cpu"), torch.bfloat16))

@@ -134,8 +134,12 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
     single = KINDS[kind].of_views or any(other.name == SINGLE for other in used)
     if config.relabel.views > 1 and not single:
         warnings.append(f"relabel.views has no effect with relabel.labels={kind}")
-    if config.relabel.class_share and not soft:
-        warnings.append(f"relabel.class_share has no effect with relabel.labels={kind}")
+    if not soft:
+        warnings += [
+            f"relabel.{name} has no effect with relabel.labels={kind}"
+            for name in ("class_share", "labeller")
+            if getattr(config.relabel, name) != getattr(Relabel(), name)
+        ]
     _check_soft(config.evaluate, None if soft else kind, warnings)
 
 

@@ -10,10 +10,10 @@ from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, op
 class Expert(Settings):
     """Training of the observer or the teacher."""
 
-    recipe: Literal["glmc", "balanced"] = option(
-        "glmc",
-        "glmc: two heads, two views of two streams, as published (RLDD §Debiased experts); "
-        "balanced: one head and one view, balanced softmax with CutMix of a re-sampled stream",
+    recipe: Literal["balanced", "glmc"] = option(
+        "balanced",
+        "balanced: one head and one view, balanced softmax, CutMix in some of the images; "
+        "glmc: two heads, two views of two streams, as published (RLDD §Debiased experts)",
     )
 
     net: Text = option(
@@ -26,11 +26,11 @@ class Expert(Settings):
         "instance", "normalisation of a ConvNet or vgg11_cifar; other networks have their own"
     )
     epochs: Whole = option(200, "passes over the uniform stream", low=1)
-    batch_size: Whole = option(64, "global batch: the same on any number of ranks", low=2)
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
-    lr: Number = option(0.01, "peak learning rate", low=0)
+    batch_size: Whole = option(32, "global batch: the same on any number of ranks", low=2)
+    optimizer: Literal["sgd", "adamw"] = option("adamw", "optimizer")
+    lr: Number = option(1e-3, "peak learning rate", low=0)
     momentum: Number = option(0.9, "SGD momentum", low=0, high=1)
-    weight_decay: Number = option(5e-3, "weight decay", low=0)
+    weight_decay: Number = option(0.01, "weight decay", low=0)
     warmup_epochs: Whole = option(0, "linear warm-up before the cosine", low=0)
     reweight_power: Number = option(
         0.8, "glmc: q in the class weights w_k ∝ r_k^(−q) of the rebalanced head; 0: none", low=0

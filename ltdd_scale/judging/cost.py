@@ -8,6 +8,7 @@ from ltdd_scale.data import whitening
 from ltdd_scale.judging import criteria
 from ltdd_scale.judging.criteria import Wanted
 from ltdd_scale.labels.catalog import KINDS, SINGLE
+from ltdd_scale.labels.cost import networks
 from ltdd_scale.models import flops
 from ltdd_scale.results import GROUPS_PART, WHOLE_SETS
 from ltdd_scale.stage import Cost, Facts
@@ -29,11 +30,12 @@ def student(settings: Any, facts: Facts) -> Cost:
     whole = who["set"] in WHOLE_SETS
     images = facts.num_images if whole else facts.num_classes * settings.ipc
     held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
-    labelled = _labelled(settings) * images
+    teachers = networks(settings)
+    labelled = _labelled(settings) * images * teachers
     if who.get("part", GROUPS_PART) != GROUPS_PART:  # those of one group; which is not known yet
         images = -(-images // settings.groups)
     net = (who["net"], settings.width, settings.norm, seen.resolution)
-    passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view
+    passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view * teachers
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
     return Cost(

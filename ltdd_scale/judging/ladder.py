@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ltdd_scale.results import (
+    LABELLERS,
     NUMBERS,
     RANDOM_PLAIN,
     RANDOM_PLAIN_TITLE,
@@ -26,8 +27,9 @@ def rungs(summary: Mapping[str, Any]) -> list[Rung]:
 
     In this order, each where the run has it: the plain network on the whole set (or the teacher's
     plain head, which stands in), the same after logit adjustment, random real images with classes
-    (the first net), the teacher. Each has "title", "what" (the same in a sentence), "net" and the
-    numbers of `metrics.mean_of`. One network alone has one seed and no spread.
+    (the first net), the teacher, or teacher and observer where both label together. Each has
+    "title", "what" (the same in a sentence), "net" and the numbers of `metrics.mean_of`. One
+    network alone has one seed and no spread.
     """
     out = []
     for entry in summary.get("plain", []):
@@ -38,8 +40,10 @@ def rungs(summary: Mapping[str, Any]) -> list[Rung]:
             what = "random real images with plain labels"
             out.append(_rung(RANDOM_PLAIN_TITLE, what, entry))
             break
-    if TEACHER in summary["experts"]:
-        out.append(_rung(TEACHER, "the teacher", summary["experts"][TEACHER]))
+    for title, what in LABELLERS.items():
+        if title in summary["experts"]:
+            out.append(_rung(title, what, summary["experts"][title]))
+            break
     return out
 
 
@@ -50,17 +54,21 @@ def warnings(ladder: Sequence[Rung], labelled: bool) -> list[str]:
     Balanced accuracies count, as they are shown: with one decimal. `labelled`: whether students
     learn labels of the teacher; otherwise only images were made with it.
     """
-    teachers = [rung for rung in ladder if rung["title"] == TEACHER]
-    others = [rung for rung in ladder if rung["title"] != TEACHER]
+    teachers = [rung for rung in ladder if rung["title"] in LABELLERS]
+    others = [rung for rung in ladder if rung["title"] not in LABELLERS]
     if not teachers or not others:
         return []
     best = max(others, key=lambda rung: rung["balanced"])
     own, other = (f"{rung['balanced']:.1f}" for rung in (teachers[0], best))
     if float(own) > float(other):
         return []
-    than = "is no better than" if own == other else "is worse than"
-    cost = "its labels cost accuracy" if labelled else "what is made with it may cost accuracy"
-    return [f"the teacher ({own}) {than} {best['what']} ({other}): {cost}"]
+    both = teachers[0]["title"] != TEACHER
+    than = f"{'are' if both else 'is'} {'no better' if own == other else 'worse'} than"
+    its, it = ("their", "them") if both else ("its", "it")
+    cost = (
+        f"{its} labels cost accuracy" if labelled else f"what is made with {it} may cost accuracy"
+    )
+    return [f"{teachers[0]['what']} ({own}) {than} {best['what']} ({other}): {cost}"]
 
 
 def _rung(title: str, what: str, entry: Mapping[str, Any]) -> Rung:

@@ -14,6 +14,7 @@ from ltdd_scale.data.stage import real, seen
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
+from ltdd_scale.labels.stage import labellers, more_labellers
 from ltdd_scale.labels.stage import reads as label_reads
 from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, WHOLE_SETS, Student
 from ltdd_scale.stage import Division, Section, Stage, places
@@ -81,9 +82,10 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
     """The record of one student. One of a part of the classes is in a group of its own: it needs
     the groups, and these need another student."""
     inputs = real(config)
-    if KINDS[student.labels].teacher:
-        inputs["teacher"] = "teacher"
     given: dict[str, Any] = {"student": student.to_dict(), "epochs": epochs}
+    if KINDS[student.labels].teacher:
+        inputs |= labellers(config)
+        given |= more_labellers(config)
     where = {"distilled": roles.distilled, "initial": roles.initial, CHOSEN: roles.chosen}
     if student.set in where:
         inputs["images"] = where[student.set]
@@ -169,11 +171,11 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     return Stage(
         name="evaluate",
         kind="evaluate",
-        version=4,
+        version=5,
         run="ltdd_scale.judging.verdict:run",
         reads={
             **places("seed", "relabel.labels", "evaluate.split", "evaluate.matrix"),
-            **places("evaluate.plain", "runtime.precision"),
+            **places("evaluate.plain", "runtime.precision", "relabel.labeller"),
             # What labels cost.
             **places("ipc", "relabel.topk", "evaluate.epochs", "evaluate.full_epochs"),
             "label_epochs": "relabel.epochs",

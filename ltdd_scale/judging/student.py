@@ -26,6 +26,7 @@ from ltdd_scale.judging.metrics import logit_adjusted, metrics
 from ltdd_scale.judging.saved import AS, LOGITS
 from ltdd_scale.judging.subsets import Part, part_of
 from ltdd_scale.judging.training import Setup, train
+from ltdd_scale.labels import labeller
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Labels, Maker
 from ltdd_scale.labels.views import view_spec
@@ -120,7 +121,7 @@ def _setup(
     normalize = prepare(split, context.ranks.device, context.inputs.get("zca"))
     maker = Maker(
         images=images,
-        teacher=_teacher(context),
+        teacher=labeller.load(context),
         normalize=normalize,
         spec=view_spec(settings.training, seen.resolution, seen.mirror),
         views=settings.training,
@@ -145,12 +146,6 @@ def _setup(
         key=key_of(who.seed, who.part),
         title=who.title,
     )
-
-
-def _teacher(context: Context) -> frozen.Frozen | None:
-    if "teacher" not in context.inputs:
-        return None
-    return frozen.load(context.input("teacher") / "weights.pt", context.ranks)
 
 
 def _learned(who: Student, context: Context, num_classes: int) -> np.ndarray | None:

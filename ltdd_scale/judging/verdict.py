@@ -20,7 +20,15 @@ from ltdd_scale.judging.student import PLAIN
 from ltdd_scale.labels.catalog import KINDS, baseline
 from ltdd_scale.labels.cost import stored_bytes
 from ltdd_scale.models import frozen
-from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, TEACHER, WHOLE_SETS, labels_of
+from ltdd_scale.results import (
+    BOTH,
+    CHOSEN,
+    OBSERVER,
+    RANDOM_PLAIN,
+    TEACHER,
+    WHOLE_SETS,
+    labels_of,
+)
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
@@ -55,8 +63,12 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     for title, network in judged.items():
         numbers, found = test.judge(network)
         summary["experts"][title] = {"net": network.recipe["net"], **numbers}
-        if title == TEACHER:
+        if title in (TEACHER, OBSERVER):
             logits[title] = found
+    if settings.labeller == "both" and {TEACHER, OBSERVER} <= set(logits):
+        mean = (logits[TEACHER] + logits[OBSERVER]) / 2
+        nets = " + ".join(judged[title].recipe["net"] for title in (TEACHER, OBSERVER))
+        summary["experts"][BOTH] = {"net": nets, **metrics(mean, test.labels, test.groups)}
     if plain:
         summary["plain"] = plain_students(plain)
     elif settings.plain == "expert" and TEACHER in judged:

@@ -32,8 +32,14 @@ def stored_bytes(
     return FP16 * images * kept * epochs
 
 
+def networks(settings: Any) -> int:
+    """How many networks label (`stage.more_labellers`)."""
+    return settings.labellers if "labellers" in settings else 1
+
+
 def relabel(settings: Any, facts: Facts) -> Cost:
-    """A pass of the teacher for every label that is written; labels of the set are copied."""
+    """A pass of who labels for every label that is written; labels of the set are copied. The
+    teacher's net stands for the observer's, where both label."""
     kind = KINDS[settings.labels]
     if kind.of_set:
         return Cost(disk=FLOAT * facts.num_classes**2 * settings.ipc)
@@ -51,11 +57,12 @@ def relabel(settings: Any, facts: Facts) -> Cost:
         two_tables = kept < facts.num_classes  # values with the mean of the rest, and classes
         passes += epochs
         bytes_a_label += epochs * FP16 * (2 * kept + 1 if two_tables else kept)
+    passes *= networks(settings)
     held = min(images * 3 * side**2, settings.images.memory_gb * 2**30)
     batch = min(settings.relabel.batch_size, images)
     return Cost(
         flops=passes * images * flops.forward(*net),
-        memory=held + FLOAT * flops.parameters(*net),
+        memory=held + networks(settings) * FLOAT * flops.parameters(*net),
         activations=batch * flops.measure(*net).passing,
         disk=images * bytes_a_label,
     )

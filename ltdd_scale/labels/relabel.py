@@ -8,11 +8,11 @@ from typing import Any
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.loader import prepare
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.labels import labeller
 from ltdd_scale.labels.catalog import KINDS, SINGLE, Kind
 from ltdd_scale.labels.contract import Maker, label_key
 from ltdd_scale.labels.settings import Views
 from ltdd_scale.labels.views import view_spec
-from ltdd_scale.models import frozen
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
 
@@ -41,14 +41,11 @@ def _maker(kind: Kind, settings: Any, context: Context) -> Maker:
     split = ShardSplit(context.input("shard"), "train")
     num_classes = len(split.classes)
     held = Distilled(context.input("distilled"), num_classes)
-    teacher = None
-    if kind.teacher:
-        teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
     # Where no view is drawn, the teacher looks at whole images only.
     views = settings.views if "views" in settings else Views()
     return Maker(
         images=held.images(ranks.device, seen.memory_gb),
-        teacher=teacher,
+        teacher=labeller.load(context),
         normalize=prepare(split, ranks.device),
         spec=view_spec(views, seen.resolution, seen.mirror),
         views=views,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, option
 
 
@@ -59,4 +61,9 @@ class Relabel(Single, Stored):
         "online: teacher at student time; stored: top-k logits of every epoch's view; "
         "single: one soft label an image; hard: classes; "
         "learned: soft labels that the method has learned with the images",
+    )
+    labeller: Literal["teacher", "both"] = option(
+        "teacher",
+        "online, stored, single: whose logits label; both: the mean of the teacher's and the "
+        "observer's, for twice the passes",
     )

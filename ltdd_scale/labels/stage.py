@@ -16,6 +16,20 @@ def reads(kind: str) -> dict[str, Any]:
     return {"relabel": Section("relabel", found.settings)} if found.settings else {}
 
 
+def labellers(config: Any) -> dict[str, str]:
+    """Inputs of a stage whose images are labelled by networks: the teacher, and the observer where
+    both label together."""
+    names = ("teacher", "observer") if config.relabel.labeller == "both" else ("teacher",)
+    return {name: name for name in names}
+
+
+def more_labellers(config: Any) -> dict[str, int]:
+    """How many networks pass over an image that is labelled, where it is not the teacher alone:
+    what that costs."""
+    names = labellers(config)
+    return {"labellers": len(names)} if len(names) > 1 else {}
+
+
 def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
     """Labels of the distilled set, which lies in the folder of the stage `distilled`."""
     kind = KINDS[config.relabel.labels]
@@ -37,11 +51,11 @@ def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
             **places("seed", "runtime.precision"),
             "images": Section("data", Seen),
         },
-        given={"labels": kind.name},
+        given={"labels": kind.name, **(more_labellers(config) if kind.teacher else {})},
         inputs={
             "shard": "shard",
             "distilled": distilled,
-            **({"teacher": "teacher"} if kind.teacher else {}),
+            **(labellers(config) if kind.teacher else {}),
         },
         cost="ltdd_scale.labels.cost:relabel",
         help="make the soft labels",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ltdd_scale.publish.tables import SHOWN, cell, markdown
-from ltdd_scale.results import TEACHER
+from ltdd_scale.results import LABELLERS
 
 if TYPE_CHECKING:
     from ltdd_scale.launch.sweep_table import Finished
@@ -84,7 +84,7 @@ def _order(columns: Iterable[Mapping[Row, Any]]) -> list[Row]:
         title, kind = row
         if title in SETS:
             return 3, SETS.index(title), ranks[kind]
-        part = 0 if kind == PLAIN else 1 if title == TEACHER else 2
+        part = 0 if kind == PLAIN else 1 if title in LABELLERS else 2
         return part, titles[title], 0
 
     return sorted(rows, key=place)

@@ -20,6 +20,7 @@ from ltdd_scale.launch.sweep import Published, Sweep, load, point_name
 from ltdd_scale.publish.tables import HEADINGS, cell, markdown, numbers
 from ltdd_scale.results import (
     CHOSEN,
+    LABELLERS,
     NUMBERS,
     RANDOM_PLAIN,
     RANDOM_PLAIN_TITLE,
@@ -104,7 +105,7 @@ def write(sweep: Sweep, made: Campaign, out: Path, why: Callable[[Job], str]) ->
 def _numbers_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The numbers of each set with the configured labels, of the first net; of random real images
     with classes, where these are not the same; of the plain network after logit adjustment; of the
-    teacher, if there is one."""
+    teacher, if there is one: of teacher and observer where both label together."""
     entries: dict[str, dict[str, Any]] = {}
     for e in summary["students"]:
         if e["set"] in WHOLE_SETS or e["labels"] == labels_of(e["set"], summary):
@@ -114,8 +115,9 @@ def _numbers_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for e in summary.get("plain", []):
         if e["title"].endswith("logit-adjusted"):
             entries.setdefault("plain", e)
-    if "teacher" in summary["experts"]:
-        entries["teacher"] = summary["experts"]["teacher"]
+    for title in LABELLERS:
+        if title in summary["experts"]:
+            entries.setdefault("teacher", summary["experts"][title])
     kept = [*NUMBERS, *(f"{n}_std" for n in NUMBERS)]
     return {key: {n: e[n] for n in kept if n in e} for key, e in entries.items()}
 

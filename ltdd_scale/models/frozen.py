@@ -6,7 +6,7 @@ precision of a forward pass are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ltdd_scale.runtime import signals, tensors
 from ltdd_scale.runtime.ranks import Ranks
 
 TRAINING_ONLY = ("projector", "predictor")  # parts of an expert that nothing reads after training
+MEAN = "mean"  # the "net" in the recipe of several networks whose logits are averaged
 
 
 def recipe(net: str, width: int, norm: str, resolution: int, num_classes: int) -> dict[str, Any]:
@@ -62,6 +63,22 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return made_of, {k: v for k, v in weights.items() if not k.startswith(TRAINING_ONLY)}
 
 
+def read_mean(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(recipe, weights) of one network: that in the only path, or the mean of the logits of those
+    in all. Its recipe has theirs, in order, as "of"."""
+    if len(paths) == 1:
+        return read(paths[0])
+    found = [read(path) for path in paths]
+    same = {name: found[0][0][name] for name in ("resolution", "num_classes")}
+    weights = {f"{k}.{n}": value for k, (_, own) in enumerate(found) for n, value in own.items()}
+    return {"net": MEAN, "of": [made_of for made_of, _ in found], **same}, weights
+
+
+def title(made_of: dict[str, Any]) -> str:
+    """What a network of this recipe is called: its net, or those that are averaged."""
+    return " + ".join(title(part) for part in made_of.get("of", [])) or made_of["net"]
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` [n, C, H, W] in the layout that convolutions of its device like best."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
@@ -89,7 +106,8 @@ class Frozen:
     @property
     def any_size(self) -> bool:
         """Whether it takes images of any other side than the one it was trained on."""
-        return self.recipe["net"] not in registry.ONE_SIDE
+        parts = self.recipe.get("of", [self.recipe])
+        return all(part["net"] not in registry.ONE_SIDE for part in parts)
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -128,18 +146,37 @@ def load(path: Path, ranks: Ranks) -> Frozen:
 
     Raises `UserError` where the file is missing or damaged.
     """
-    made_of, weights = read(path)
-    model = _build(made_of, two_heads="fc_cb.weight" in weights)
+    return load_mean([path], ranks)
+
+
+def load_mean(paths: Sequence[Path], ranks: Ranks) -> Frozen:
+    """The network in the only path, or one whose logits are the mean of those of all. As `load`."""
+    made_of, weights = read_mean(paths)
+    model = _build(made_of, set(weights))
     model.load_state_dict(weights)
     model = ranks.to_device(model).eval().requires_grad_(False)
     return Frozen(model, made_of, ranks)
 
 
-def _build(made_of: dict[str, Any], two_heads: bool) -> nn.Module:
+class _Mean(nn.ModuleList):
+    """The mean of several networks' logits: softmax gives the normalised geometric mean of their
+    probabilities."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([network(x).float() for network in self]).mean(0)
+
+
+def _build(made_of: dict[str, Any], names: set[str]) -> nn.Module:
+    """The network of a recipe, `names` being those of its weights."""
+    if made_of["net"] == MEAN:
+        return _Mean(
+            _build(part, {n.removeprefix(f"{k}.") for n in names if n.startswith(f"{k}.")})
+            for k, part in enumerate(made_of["of"])
+        )
     features = registry.backbone(
         made_of["net"], made_of["width"], made_of["norm"], made_of["resolution"]
     )
-    if two_heads:
+    if "fc_cb.weight" in names:
         return registry.TwoHeads(features, made_of["num_classes"], 0)
     return registry.Student(features, made_of["num_classes"])
 

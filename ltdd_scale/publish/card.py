@@ -53,6 +53,11 @@ MEANING = {
     "minimise the cross-entropy with their softmax.",
     "hard": "The labels are the classes; students minimise the cross-entropy with them.",
 }
+KINDS_OF_TEACHER = {"single", "online", "stored"}
+BOTH_LABEL = (
+    '"The teacher" is two networks here, the teacher and the observer, and its logits are the mean '
+    "of theirs. "
+)
 # What the images are, where they are not distilled; where each comes from.
 ARE = {
     "initial": "**These images are not distilled.** They are real images, or parts of such: those "
@@ -98,7 +103,7 @@ def card(opened: Opened, results: dict[str, Any] | None) -> str:
         std=[round(v, 4) for v in told["std"]],
         zca=told.get("zca", ""),
         labels=labels,
-        teacher=told["config"]["teacher"]["net"] if told["teacher"] else "",
+        teacher=_teacher(told) if told["teacher"] else "",
         method=told["config"]["method"],
         kept=opened.kept,
         choice=_choice(opened),
@@ -181,11 +186,20 @@ def _meaning(told: dict[str, Any]) -> str:
         )
     relabel = told["config"]["relabel"]
     share = relabel.get("class_share", 0.0)
-    return MEANING.get(kind, f"`{file}` has logits.").format(
+    both = kind in KINDS_OF_TEACHER and relabel.get("labeller", "teacher") == "both"
+    return (BOTH_LABEL if both else "") + MEANING.get(kind, f"`{file}` has logits.").format(
         single=_single(relabel),
         share=f" The class of an image has a share of {share:g} in these labels." if share else "",
         learned=_learned(told["config"]["evaluate"]),
     )
+
+
+def _teacher(told: dict[str, Any]) -> str:
+    """The networks that label."""
+    both = told["config"]["relabel"].get("labeller", "teacher") == "both"
+    roles = ("teacher", "observer") if both else ("teacher",)
+    nets = " + ".join(told["config"][role]["net"] for role in roles)
+    return f"{nets} (the mean of their logits)" if both else nets
 
 
 def _single(relabel: dict[str, Any]) -> str:

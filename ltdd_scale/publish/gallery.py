@@ -27,7 +27,7 @@ from ltdd_scale.publish.tables import (
     exported,
     numbers,
 )
-from ltdd_scale.results import CHOSEN, WHOLE_SETS, labels_of
+from ltdd_scale.results import CHOSEN, LABELLERS, WHOLE_SETS, labels_of
 from ltdd_scale.runtime import files
 
 SMALL = ("distilled", "random", "initial")
@@ -250,7 +250,7 @@ class Gallery:
         titles = {**SHOWN, CHOSEN: exported(self.summary)}
         out = {titles[s]: self.cells[s, y]["per_class"] for s, y in wanted if (s, y) in self.cells}
         named = [(e["title"], e) for e in self.summary.get("plain", [])]
-        named += [(t, e) for t, e in self.summary["experts"].items() if t == "teacher"]
+        named += [(t, e) for t, e in self.summary["experts"].items() if t in LABELLERS]
         return out | {title: e["per_class"] for title, e in named if e.get("per_class")}
 
     def from_head_to_tail(self) -> Picture | None:

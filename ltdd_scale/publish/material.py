@@ -16,10 +16,11 @@ FOLDER = "distilled"  # of the set, in a run folder
 class Material:
     """`config` is the whole config as plain values, `config_yaml` the same as people read it.
 
-    Roles of `folders`: shard, distilled, initial, labels, teacher, verdict; kept and kept_labels,
-    where images were chosen: those that leave the house, while distilled and labels stay the
-    method's own. `initial`, `teacher` and the kept ones may be None or left out. `fingerprints` has
-    those of the same roles. `stages` are (name, folder) of all stages of the run in their order,
+    Roles of `folders`: shard, distilled, initial, labels, teacher, verdict; observer, where it
+    labels together with the teacher; kept and kept_labels, where images were chosen: those that
+    leave the house, while distilled and labels stay the method's own. `initial`, `teacher`,
+    `observer` and the kept ones may be None or left out. `fingerprints` has those of the same
+    roles. `stages` are (name, folder) of all stages of the run in their order,
     students included.
     """
 
@@ -39,6 +40,12 @@ class Material:
 
     def find(self, role: str) -> Path | None:
         return self.folders.get(role)
+
+    @property
+    def teachers(self) -> list[Path]:
+        """The weights of the networks that label, and are averaged where there are several."""
+        found = [self.find(role) for role in ("teacher", "observer")]
+        return [folder / "weights.pt" for folder in found if folder is not None]
 
     @property
     def kept(self) -> Path:

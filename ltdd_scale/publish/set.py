@@ -81,7 +81,7 @@ def rewrite(
         _copy_labels(opened.folder / "labels", fresh)
         teacher = find_teacher(opened.folder)
         if teacher is not None:
-            _put_teacher(teacher, fresh)
+            _put_teacher([teacher], fresh)
         results = fresh / "results.json"
         _finish(fresh, told, formats, files.read_json(results) if results.exists() else None)
 
@@ -140,9 +140,8 @@ def _fill(fresh: Path, material: Material, split: ShardSplit, results: dict[str,
     if zca := material.find("zca"):
         shutil.copyfile(zca / whitening.FILE, fresh / whitening.FILE)
     _copy_labels(material.kept_labels, fresh)
-    teacher = material.find("teacher")
-    if teacher is not None:
-        _put_teacher(teacher / "weights.pt", fresh)
+    if material.teachers:
+        _put_teacher(material.teachers, fresh)
     without = {name: value for name, value in results.items() if name != "loss_curves"}
     files.write_json(fresh / "results.json", without)
     _finish(fresh, told, (IMAGEFOLDER, *publish.formats), results)
@@ -275,9 +274,10 @@ def _copy_labels(source: Path, fresh: Path) -> None:
             shutil.copyfile(path, fresh / "labels" / path.name)
 
 
-def _put_teacher(weights: Path, fresh: Path) -> None:
-    """The teacher without what only its own training needed."""
-    recipe, model = frozen.read(weights)
+def _put_teacher(weights: Sequence[Path], fresh: Path) -> None:
+    """Who labels, one file of one network or of several that are averaged, without what only their
+    own training needed."""
+    recipe, model = frozen.read_mean(weights)
     frozen.write(fresh / TEACHER, recipe, model)
 
 
