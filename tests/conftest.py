@@ -30,7 +30,7 @@ observer: {net: convnet3, norm: batch, width: 8, epochs: 6, batch_size: 16, crop
 teacher: {recipe: glmc, optimizer: sgd, lr: 0.01, net: convnet3, norm: instance, width: 8, epochs: 6, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
 initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
-recover: {batch_size: 12, chunk_classes: 4, iterations: 12}
+recover: {batch_size: 12, chunk_classes: 4, iterations: 12, matching_width: 8, matching_real: 8}
 relabel: {labels: stored, topk: 4, epochs: 3, batch_size: 16}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: own, plain_epochs: 2}
 choose: {how: never}

@@ -38,8 +38,8 @@ ipc: 4
 observer: {net: convnet3, norm: batch, width: 8, epochs: 14, batch_size: 16, crop_padding: 1}
 teacher: {recipe: glmc, optimizer: sgd, lr: 0.01, net: convnet3, norm: instance, width: 8, epochs: 4, batch_size: 16, crop_padding: 1}
 calibrate: {batch_size: 16}
-initialize: {crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
-recover: {batch_size: 20, chunk_classes: 5, iterations: 150}
+initialize: {select: confident, crops: 3, crop_scale: [0.6, 1.0], batch_size: 16}
+recover: {batch_size: 20, chunk_classes: 5, iterations: 150, matching_width: 8, matching_real: 8}
 relabel: {labels: single}
 evaluate: {width: 8, epochs: 5, seeds: 1, crop_scale: [0.6, 1.0], plain: none}
 choose: {how: never}

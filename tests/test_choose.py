@@ -73,6 +73,9 @@ def test_trials_are_short_and_judged_on_validation_images():
     for stage in tried:
         assert stage.given["split"] == "val" and "split" not in stage.reads
         assert stage.given["epochs"] == 30 and "labels" not in stage.inputs
+    # As many steps with two images a class, where an epoch has fewer; never more than a student has.
+    epochs = {ipc: choose.epochs(Config(ipc=ipc, evaluate={"epochs": 300})) for ipc in (1, 2, 50)}
+    assert epochs == {1: 300, 2: 150, 50: 30}
     without = Config(**HELD, method="mtt", relabel={"labels": "hard"})
     sets = {s.given["student"]["set"] for s in choose.trials(without, recipe.roles(without))}
     assert sets == (

@@ -16,6 +16,7 @@ from ltdd_scale.results import Student
 from ltdd_scale.stage import Division, Stage, places
 
 CHOOSE = "choose"
+USUAL_IPC = 10  # choose.share is for sets of so many images a class, and larger ones
 
 
 def wanted(config: Any) -> bool:
@@ -58,8 +59,10 @@ def kinds(config: Any) -> list[str]:
 
 
 def epochs(config: Any) -> int:
-    """Of a trial."""
-    return max(1, round(config.evaluate.epochs * config.choose.share))
+    """Of a trial. With fewer than ten images a class an epoch has fewer steps, and a trial as many
+    more epochs: after too few steps students tell noise."""
+    share = config.choose.share * max(1.0, USUAL_IPC / config.ipc)
+    return max(1, round(config.evaluate.epochs * min(1.0, share)))
 
 
 def trials(config: Any, roles: Roles) -> list[Stage]:

@@ -103,7 +103,11 @@ class Choose(Settings):
         "has such (data.val_fraction, data.val_per_class, data.val_list)",
     )
     share: Number = option(
-        0.1, "epochs of a short student, as a share of evaluate.epochs", low=0, high=1
+        0.1,
+        "epochs of a short student, as a share of evaluate.epochs; with fewer than ten images a "
+        "class as many more as make up for it",
+        low=0,
+        high=1,
     )
     seeds: Whole = option(3, "short students of each set and kind of label", low=1)
 

@@ -102,7 +102,7 @@ def test_the_quickstart_through_slurm_is_the_quickstart(nodes, tmp_path):
         folder = tmp_path / run / "distilled" / "images"
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
 
-    assert len(images("here")) == 100 and images("here") == images("there")
+    assert len(images("here")) == 20 and images("here") == images("there")
     assert (tmp_path / "there" / "report.html").exists()
     again = cli(*there)
     assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout

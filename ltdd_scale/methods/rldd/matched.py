@@ -1,10 +1,11 @@
 """The matching term of recovery: mean features of each class under random networks, as DM has them.
 
-    Σ_c ‖ mean f_θ(A(B_c)) − mean f_θ(A(S_c)) ‖²   (DM, Zhao and Bilen, WACV 2023)
+    1 / (C d) · Σ_c ‖ mean f_θ(A(B_c)) − mean f_θ(A(S_c)) ‖²   (DM, Zhao and Bilen, WACV 2023)
 
-S_c are the chunk's images of class c, whole; B_c real ones of it; f_θ the features of an untrained
-ConvNet-3; A one Siamese augmentation. Network, augmentation and real images are new in each
-iteration, and keyed by (seed, chunk, iteration).
+S_c are the chunk's images of class c of C, whole; B_c real ones of it; f_θ the d features of an
+untrained ConvNet-3; A one Siamese augmentation. DM has the sum; the mean weighs an image the same
+whatever the width, the resolution and the number of classes, as the other terms do. Network,
+augmentation and real images are new in each iteration, and keyed by (seed, chunk, iteration).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ltdd_scale.data import chosen, siamese
+from ltdd_scale.errors import UserError
 from ltdd_scale.methods.matching import features
 from ltdd_scale.methods.matching.features import Shape, distance, mean_features
 from ltdd_scale.methods.matching.real import Pixels, RealSet, open_real
@@ -84,7 +86,7 @@ class Matched:
                 shown = own.pixels.normalized(self.real[some.flatten()])
                 goals.append(mean_features(net, shown, draw, own.ranks, len(some)))
         found = mean_features(net, images, draw, own.ranks, len(self.counts))
-        return distance(torch.cat(goals), found)
+        return distance(torch.cat(goals), found) / found.numel()
 
 
 def source(settings: Given, context: Context) -> Source:
@@ -110,5 +112,9 @@ def together(settings: Recover) -> int:
 def check(settings: Any) -> None:
     """Raise `UserError` where the random network cannot take the images. `settings` is what the
     stage reads."""
-    if settings.recover.matching:
+    if not settings.recover.matching:
+        return
+    try:
         registry.check(*network_shape(settings.recover, settings.images.resolution))
+    except UserError as error:
+        raise UserError(f"recover.matching: {error}; or set recover.matching=0") from None

@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=4,
+        version=5,
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",
@@ -84,7 +84,7 @@ def _check_initialize(config: Any) -> list[str]:
             f"initialize.mosaic={own.mosaic}: data.resolution must be a multiple of it, "
             f"got {config.data.resolution}"
         )
-    if own.pool and not own.by_features:
+    if own.pool != usual.pool and not own.by_features:
         warnings.append(f"initialize.pool has no effect with initialize.select={own.select}")
     if own.crop_scale and own.keep != usual.keep:
         warnings.append("initialize.keep has no effect beside initialize.crop_scale")

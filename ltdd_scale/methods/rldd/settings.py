@@ -38,14 +38,14 @@ class Calibrate(Settings):
 class Initialize(Settings):
     """Which crops of real images the distilled ones start from."""
 
-    select: Literal["confident", "herding", "k_center", "random"] = option(
-        "confident",
-        "confident: what the teacher is surest of, round after round over the images; herding: "
-        "their mean feature stays close to the class's; k_center: each the farthest in feature "
-        "space from those taken; random: of random images, without the teacher",
+    select: Literal["herding", "confident", "k_center", "random"] = option(
+        "herding",
+        "herding: their mean feature stays close to the class's; confident: what the teacher is "
+        "surest of, round after round over the images, as published; k_center: each the farthest "
+        "in feature space from those taken; random: of random images, without the teacher",
     )
     pool: Number = option(
-        0.0,
+        0.5,
         "herding, k_center: choose among images to which the teacher gives their own class at "
         "least this probability, but never among less than the surer half of the class's; 0: all",
         low=0,
@@ -57,7 +57,7 @@ class Initialize(Settings):
         low=1,
     )
     crop_scale: Areas = option(
-        [0.5, 1.0],
+        [1.0, 1.0],
         "area range of the crops; [1.0, 1.0]: whole images; empty: from the smallest area at "
         "which crops keep enough of the teacher's confidence, see keep",
     )
@@ -134,13 +134,13 @@ class Recover(Settings):
         0.8, "straight-through moving average of the batch statistics; 0: none", low=0, high=0.9999
     )
     matching: Number = option(
-        0.0,
+        200.0,
         "weight of distribution matching: the squared distance of each class's mean features to "
-        "those of real images, summed over the chunk's classes, under a random network that is "
+        "those of real images, a mean over classes and features, under a random network that is "
         "new in each step (DM); 0: none",
         low=0,
     )
-    matching_width: Whole = option(128, "channels of the random ConvNet-3", low=1)
+    matching_width: Whole = option(32, "channels of the random ConvNet-3", low=1)
     matching_real: Whole = option(
         64,
         "real images of each class of the chunk that a step looks at; small classes repeat",
