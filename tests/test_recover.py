@@ -29,6 +29,9 @@ SHAPES = st.integers(1, 60), st.integers(1, 30), st.integers(1, 100), st.integer
 @given(*SHAPES)
 def test_chunks_hold_every_image_once(num_classes, ipc, batch_size, chunk_classes):
     work = chunks.chunks(num_classes, ipc, batch_size, chunk_classes)
+    groups, each = chunks.groups(num_classes, ipc, batch_size, chunk_classes)
+    assert [c.classes for c in work[::each]] == [tuple(g) for g in groups]
+    assert len(work) == len(groups) * each
     held = [(c, i) for chunk in work for c in chunk.classes for i in range(chunk.first, chunk.last)]
     assert sorted(held) == [(c, i) for c in range(num_classes) for i in range(ipc)]
     assert all(len(chunk.labels) <= batch_size for chunk in work)

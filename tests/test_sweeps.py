@@ -97,14 +97,17 @@ def test_the_ablation_switches_each_strategy_off():
             config.observer.reweight_power > 0 and config.teacher.resample_power > 0,
             config.calibrate.fair,
             config.initialize.select,
+            config.recover.matching > 0,
         )
         for name, config in good.items()
     }
     assert off == {
-        "full": (True, True, "confident"),
-        "no-debiasing": (False, True, "confident"),
-        "no-calibration": (True, False, "confident"),
-        "no-confident-init": (True, True, "random"),
+        "full": (True, True, "herding", True),
+        "no-debiasing": (False, True, "herding", True),
+        "no-calibration": (True, False, "herding", True),
+        "random-images": (True, True, "random", True),
+        "confident-crops": (True, True, "confident", True),
+        "no-matching": (True, True, "herding", False),
     }
 
 

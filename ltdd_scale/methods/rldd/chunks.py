@@ -35,11 +35,11 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
     Chunk g of G takes classes g, g + G, …: the long tail, thinned, in every batch.
     `chunk_classes`: classes of a chunk; 0: as many as fit.
     """
-    groups, images = _sizes(num_classes, batch_size, chunk_classes)
+    number, images = _sizes(num_classes, batch_size, chunk_classes)
     out: list[Chunk] = []
-    for g in range(groups):
+    for g in range(number):
         for first in range(0, ipc, images):
-            classes = tuple(range(g, num_classes, groups))
+            classes = tuple(range(g, num_classes, number))
             out.append(Chunk(len(out), classes, first, min(first + images, ipc)))
     return out
 
@@ -51,9 +51,18 @@ def _sizes(num_classes: int, batch_size: int, chunk_classes: int) -> tuple[int, 
     return groups, max(1, batch_size // -(-num_classes // groups))
 
 
+def groups(
+    num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0
+) -> tuple[list[range], int]:
+    """The classes of each group, and how many chunks a group has: `chunks` without a list of all
+    of them, which may be long."""
+    number, images = _sizes(num_classes, batch_size, chunk_classes)
+    return [range(g, num_classes, number) for g in range(number)], -(-ipc // images)
+
+
 def _count(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> int:
-    groups, images = _sizes(num_classes, batch_size, chunk_classes)
-    return groups * -(-ipc // images)
+    number, images = _sizes(num_classes, batch_size, chunk_classes)
+    return number * -(-ipc // images)
 
 
 def pieces(settings: Any, facts: Facts) -> int:

@@ -92,9 +92,9 @@ def _matching(settings: Any, facts: Facts) -> Cost:
     back over the chunk's own. What is held of a class is bounded."""
     own, seen, ipc = settings.recover, settings.images, settings.ipc
     one = flops.measure(*matched.network_shape(own, seen.resolution))
-    work = chunks.chunks(facts.num_classes, ipc, own.batch_size, own.chunk_classes)
-    shown = own.matching_real * sum(len(c.classes) for c in work)
-    held = max(sum(min(facts.counts[k], matched.HELD) for k in c.classes) for c in work)
+    groups, each = chunks.groups(facts.num_classes, ipc, own.batch_size, own.chunk_classes)
+    shown = own.matching_real * facts.num_classes * each
+    held = max(sum(min(facts.counts[k], matched.HELD) for k in group) for group in groups)
     changed = flops.FLOAT * _images(1, seen)  # an image after the augmentation
     batch = min(own.batch_size, facts.num_classes * ipc)
     real = min(matched.together(own), facts.num_classes) * own.matching_real
