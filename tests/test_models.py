@@ -194,7 +194,7 @@ def test_the_mean_of_two_networks_is_that_of_their_logits(suffix, tmp_path):
     both = frozen.load_mean(paths, ALONE)
     wanted = (expert.logits(x) + student(x)) / 2
     assert torch.allclose(both.logits(x), wanted, atol=1e-6) and not both.logits(x).requires_grad
-    assert frozen.title(both.recipe) == "convnet3 + resnet32"
+    assert [part["net"] for part in both.recipe["of"]] == ["convnet3", "resnet32"]
     assert not both.any_size, "convnet3 takes one side only"
     frozen.write(tmp_path / f"m{suffix}", *frozen.read_mean(paths))
     again = frozen.load(tmp_path / f"m{suffix}", ALONE)

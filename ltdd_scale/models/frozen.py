@@ -74,11 +74,6 @@ def read_mean(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]
     return {"net": MEAN, "of": [made_of for made_of, _ in found], **same}, weights
 
 
-def title(made_of: dict[str, Any]) -> str:
-    """What a network of this recipe is called: its net, or those that are averaged."""
-    return " + ".join(title(part) for part in made_of.get("of", [])) or made_of["net"]
-
-
 def channels_last(x: Tensor) -> Tensor:
     """`x` [n, C, H, W] in the layout that convolutions of its device like best."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
