@@ -10,7 +10,7 @@ from set_tools import header_of
 from ltdd_scale.data import distilled, shards
 from ltdd_scale.launch.export import Options
 from ltdd_scale.launch.export import export as run_export
-from ltdd_scale.publish import gallery, kept, lrs, message, page, report, tables
+from ltdd_scale.publish import course, gallery, kept, lrs, message, page, report, tables
 from ltdd_scale.publish import set as published
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.pictures import canvas
@@ -212,7 +212,7 @@ def test_pictures_have_the_chosen_images_where_they_are_others(store):
         shown = gallery.Gallery(made(store, results, which), split, results)
         title = f"chosen ({kept.CALLED[which]})"
         assert (title in shown.accuracies) == series
-        assert ("chosen single" in shown._student_losses()) == series
+        assert ("chosen single" in course._student_losses(results, "n")) == series
         assert (
             f"{title} {tables.cell(shown.cells['chosen', 'single'], 'top1')}"
             in shown.message().said
@@ -235,5 +235,5 @@ def test_trials_have_a_row_of_their_own_among_the_stages(store):
         "trials": "1 short students, judged on validation images",
         "students": "1 students in 1 cells",
     }
-    drawn = canvas.svg(gallery.Gallery(found, split, results).timeline())
+    drawn = canvas.svg(course.timeline(found))
     assert ">the choice<" in drawn and ">students<" in drawn

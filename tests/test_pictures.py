@@ -435,6 +435,6 @@ def test_stage_records_without_a_kind_are_of_their_stage(tmp_path):
     sealed(tmp_path, "experts")
     record = files.read_json(tmp_path / "stage.json")
     files.write_json(tmp_path / "stage.json", {**record, "kind": None, "stage": "experts"})
-    from ltdd_scale.publish.gallery import kind_of
+    from ltdd_scale.publish.course import kind_of
 
     assert kind_of(tmp_path) == "experts"

@@ -12,7 +12,7 @@ from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
 from ltdd_scale.methods.matching import features
 from ltdd_scale.methods.matching.real import Pixels, open_real
-from ltdd_scale.methods.rldd import align, chunks, guard, matched, recover
+from ltdd_scale.methods.rldd import align, chunks, guard, matched, recover, sides
 from ltdd_scale.methods.rldd.method import RLDD
 from ltdd_scale.methods.rldd.settings import Calibrate, Initialize, Recover
 from ltdd_scale.models import registry
@@ -240,7 +240,7 @@ def test_the_teachers_term_is_weighted_by_what_it_thinks_of_the_initial_images()
     trust = guard.confidence(teacher, images, labels, rldd_tools.ALONE)
     expected = teacher(images).softmax(1)[range(6), labels]
     assert torch.allclose(trust, expected) and trust.min() < 0.2 and trust.max() > 0.5
-    settings = Recover(teacher_ce=2.0, alignment=0.0, guard_confidence=True)
+    settings = Recover(teacher_ce=2.0, alignment=0.0, guard="sure")
     bound = torch.ones(1, 3, 1, 1)
     made_of = (-bound, bound, settings, 8, False, rldd_tools.ALONE)
     objective = recover.Objective(network(), teacher, *made_of)
@@ -250,7 +250,11 @@ def test_the_teachers_term_is_weighted_by_what_it_thinks_of_the_initial_images()
         loss = objective.loss(images + 0.1, labels, alignment, trust)
     each = -teacher(images + 0.1).log_softmax(1)[range(6), labels]
     assert torch.allclose(loss, 2.0 * sum(w * ce for w, ce in zip(trust, each, strict=True)) / 6)
-    plain = recover.Objective(network(), teacher, -bound, bound, Recover(), 8, False, None)
+    usual, plain = (
+        recover.Objective(network(), teacher, -bound, bound, of, 8, False, rldd_tools.ALONE)
+        for of in (Recover(), Recover(guard="all"))
+    )
+    assert torch.equal(usual.trust(batch), 1 - trust)  # what it knows well stays as it is
     assert plain.trust(batch) is None
 
 
@@ -272,7 +276,7 @@ def test_a_chunk_that_the_teacher_no_longer_knows_stops_at_the_last_good_images(
     assert states["stopped"] is None and len(states) == 41
     free, _ = chunk_result(images, Recover(**given), labels=labels)
     assert torch.equal(whole, free), "who only watches changes nothing"
-    shown = {t: recover.resized(states[t]["images"], 8) for t in range(4, 41, 4)}
+    shown = {t: sides.resized(states[t]["images"], 8) for t in range(4, 41, 4)}
     agreed = {t: int((teacher(x).argmax(1) == labels).sum()) for t, x in shown.items()}
     bad = next(t for t, n in agreed.items() if n < 12 - 0.4 * 12)
     assert 8 <= bad <= 36, agreed
@@ -309,7 +313,7 @@ def test_stages_of_other_resolutions_and_what_is_mixed_in_again():
     forgets all but the last stage."""
     images = noise()
     settings = Recover(iterations=18, lr=0.05, resolutions=[6, 8, 10], residual=0.5)
-    assert recover.stages(settings, 8) == {0: 6, 6: 8, 12: 10}
+    assert sides.stages(settings, 8) == {0: 6, 6: 8, 12: 10}
     saved: dict = {}
     whole, _ = chunk_result(images, settings, saved=saved)
     assert whole.shape == images.shape and saved[7]["images"].shape == (6, 3, 8, 8)
@@ -364,7 +368,7 @@ MORE = {
     "matching": 20.0,
     "matching_width": 4,
     "matching_real": 5,
-    "guard_confidence": True,
+    "guard": "sure",
     "stop": 1.0,
 }
 ways = pytest.mark.parametrize("changes", [{}, MORE], ids=["plain", "more"])
@@ -479,7 +483,7 @@ def test_a_signal_in_the_middle_of_a_chunk_loses_nothing(
 
 def test_each_addition_changes_the_images(store, recovered, tmp_path):
     alone = {"matching": {n: v for n, v in MORE.items() if n.startswith("matching")}}
-    alone["guard"] = {"guard_confidence": True}
+    alone["guard"] = {"guard": "sure"}
     seen = [files(recovered({}))]
     for name, changes in alone.items():
         rldd_tools.run("recover", configured(**changes), store, out=tmp_path / name)
@@ -558,8 +562,11 @@ def test_costs_grow_with_the_work():
         }
 
     plain = costs(rldd_tools.config())
-    twice = costs(rldd_tools.config(recover=Recover(iterations=400)))
-    assert twice["recover"].flops == 2 * plain["recover"].flops > 0
+    same, twice = (
+        costs(rldd_tools.config(recover=Recover(guard="all", iterations=n)))["recover"].flops
+        for n in (200, 400)
+    )
+    assert twice == 2 * same and 0 < same < plain["recover"].flops < 1.01 * same
     assert plain["recover"].disk == plain["initialize"].disk == 9 * 3 * 8 * 8
     off = costs(
         rldd_tools.config(
@@ -615,8 +622,8 @@ def test_settings_without_effect_are_told():
         return RLDD.check(rldd_tools.config(recover=Recover(**changes)))
 
     assert warnings() == warnings(**MORE) == warnings(teacher_ce=0, stop=0.1) == []
-    assert warnings(teacher_ce=0, guard_confidence=True) == [
-        "recover.guard_confidence has no effect with recover.teacher_ce=0"
+    assert warnings(teacher_ce=0, guard="sure") == [
+        "recover.guard has no effect with recover.teacher_ce=0"
     ]
     assert warnings(matching=0, matching_width=64, matching_real=3) == [
         f"recover.{name} has no effect with recover.matching=0"

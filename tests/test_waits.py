@@ -271,7 +271,7 @@ def recovery(**changes):
     return recover.Material(objective, *made_of, source)
 
 
-MORE = {"matching": 20.0, "matching_width": 4, "matching_real": 3, "guard_confidence": True}
+MORE = {"matching": 20.0, "matching_width": 4, "matching_real": 3, "guard": "sure"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"resolutions": [4, SIZE]}, MORE])

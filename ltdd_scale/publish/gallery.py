@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import calendar
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ import numpy as np
 
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.publish import course
 from ltdd_scale.publish.kept import kept
 from ltdd_scale.publish.material import Material
 from ltdd_scale.publish.message import adjusted
-from ltdd_scale.publish.pictures import budget, classes, images, points, work
+from ltdd_scale.publish.pictures import budget, classes, images, points
 from ltdd_scale.publish.pictures.canvas import Picture
 from ltdd_scale.publish.tables import (
     HEADINGS,
@@ -27,33 +26,12 @@ from ltdd_scale.publish.tables import (
     exported,
     numbers,
 )
-from ltdd_scale.results import CHOSEN, LABELLERS, WHOLE_SETS, labels_of
+from ltdd_scale.results import CHOSEN, LABELLERS, labels_of
 from ltdd_scale.runtime import files
 
 SMALL = ("distilled", "random", "initial")
-# Of a stage, by the kind of its folder; all others make the set.
-PARTS = {
-    "shard": "real images",
-    "zca": "real images",
-    "experts": "experts",
-    "trajectory": "experts",
-    "classifier": "experts",
-    "relabel": "labels",
-    "student": "students",
-    "evaluate": "judging",
-    "grouping": "judging",
-    "embedding": "judging",
-    "choose": "the choice",
-}
-TRIAL = "trial/"  # how names of stages of the choice's short students begin
 TWO = "two stages"  # a title of `confusion.npz`
 PAIR = 112  # pixels at most of an image of a pair
-
-
-def kind_of(folder: Path) -> str:
-    """The kind of the stage that made a folder."""
-    record = files.read_json(folder / "stage.json")
-    return record.get("kind") or record.get("stage") or ""
 
 
 class Gallery:
@@ -79,10 +57,9 @@ class Gallery:
             self.tree,
             self.embeddings,
             self.pairs,
-            self.losses,
-            self.timeline,
         )
-        return [picture for make in makers if (picture := make()) is not None]
+        found = [*(make() for make in makers), *course.of(self.material, self.results, self.net)]
+        return [picture for picture in found if picture is not None]
 
     def _point(self, entry: Mapping[str, Any] | None) -> budget.Point | None:
         if entry is None or entry.get(self.number) is None:
@@ -341,69 +318,6 @@ class Gallery:
             f"times; grey is none.{small}",
         )
 
-    def losses(self) -> Picture | None:
-        panels = {
-            "experts": _long_enough(self._expert_losses()),
-            "students": _long_enough(self._student_losses()),
-        }
-        panels = {title: series for title, series in panels.items() if series}
-        if not panels:
-            return None
-        said = "; ".join(
-            f"{name} from {values[0]:.3g} to {values[-1]:.3g}"
-            for series in panels.values()
-            for name, values in series.items()
-        )
-        note = "Students: those of the first seed, with the labels of the result."
-        return Picture("losses", "Losses", f"{said}.", work.losses(panels), note)
-
-    def _expert_losses(self) -> dict[str, Sequence[float]]:
-        """The loss of each epoch of every expert of the run."""
-        out = {}
-        for name, folder in self.material.stages:
-            if kind_of(folder) == "experts" and (folder / "log.json").exists():
-                out[name] = [entry["loss"] for entry in files.read_json(folder / "log.json")]
-        return out
-
-    def _student_losses(self) -> dict[str, Sequence[float]]:
-        """The first seed's students of the first net: the configured labels, and the whole set."""
-        records = self.results["loss_curves"]
-        first = min((r["seed"] for r in records), default=0)
-        shown = [
-            r
-            for r in records
-            if r["seed"] == first
-            and r["net"] == self.net
-            and (r["set"] in WHOLE_SETS or r["labels"] == labels_of(r["set"], self.summary))
-        ]
-        if kept(self.summary) in {r["set"] for r in shown}:  # one student stands for both
-            shown = [r for r in shown if r["set"] != CHOSEN]
-        return {f"{r['set']} {r['labels']}": r["loss"] for r in shown}
-
-    def timeline(self) -> Picture | None:
-        bars = []
-        for name, folder in self.material.stages:
-            record = files.read_json(folder / "stage.json")
-            if "finished" not in record:
-                return None
-            end = calendar.timegm(time.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ"))
-            part = PARTS.get(kind_of(folder), "the method")
-            part = PARTS["choose"] if name.startswith(TRIAL) else part
-            seconds = record["seconds"]
-            bars.append(work.Bar(name, part, end - seconds, end, record["ranks"]))
-        if not bars:
-            return None
-        spent = sum((b.end - b.begin) * b.ranks for b in bars)
-        return Picture(
-            "timeline",
-            "When each stage ran",
-            f"{len(bars)} stages on at most {max(b.ranks for b in bars)} ranks each; "
-            f"{spent:,.0f} seconds summed over ranks. The table of stages has the numbers.",
-            work.timeline(bars),
-            "Each row is a rank. A stage that an earlier run made stands at the time of that run. "
-            "Of a stage that was interrupted, only the time after its last start is shown.",
-        )
-
 
 def read_embedding(folder: Path) -> tuple[dict[str, points.Cloud], dict[str, Any]]:
     """(title → points, labels and centres, the record) of an ``embedding`` folder."""
@@ -426,7 +340,3 @@ def spread(counts: np.ndarray, most: int) -> list[int]:
 def _confused(title: str, counted: np.ndarray) -> str:
     share = 100 * np.trace(counted) / max(counted.sum(), 1)
     return f"{title}: {share:.1f} % right"
-
-
-def _long_enough(series: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    return {name: values for name, values in series.items() if len(values) > 1}

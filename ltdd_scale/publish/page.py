@@ -22,7 +22,8 @@ from ltdd_scale.publish.blocks import (
     Table,
     environment,
 )
-from ltdd_scale.publish.gallery import TRIAL, Gallery, kind_of, spread
+from ltdd_scale.publish.course import TRIAL, kind_of
+from ltdd_scale.publish.gallery import Gallery, spread
 from ltdd_scale.publish.material import Material
 from ltdd_scale.publish.message import message, two_stages
 from ltdd_scale.publish.pictures import images

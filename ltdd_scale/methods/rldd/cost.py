@@ -74,7 +74,7 @@ def recover(settings: Any, facts: Facts) -> Cost:
     added = _matching(settings, facts) if own.matching else Cost()
     looks = 0  # at whole images, by the teacher
     if teacher and own.iterations:
-        looks = own.guard_confidence + (1 + len(guard.checks(own.iterations))) * (own.stop > 0)
+        looks = own.weighs_images + (1 + len(guard.checks(own.iterations))) * (own.stop > 0)
     return Cost(
         flops=own.iterations * small * 2 * sum(m.flops for m in nets)
         + (looks * small * teacher.flops if teacher else 0.0)

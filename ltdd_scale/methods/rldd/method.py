@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=5,
+        version=6,
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",
@@ -113,8 +113,8 @@ def _check_terms(recover: Recover) -> list[str]:
             "recover.alignment scales the whole loss when recover.ce, teacher_ce and matching are "
             "0: Adam does not see it"
         )
-    if recover.guard_confidence and not recover.teacher_ce:
-        warnings.append("recover.guard_confidence has no effect with recover.teacher_ce=0")
+    if recover.guard != usual.guard and not recover.teacher_ce:
+        warnings.append("recover.guard has no effect with recover.teacher_ce=0")
     if not recover.matching:
         warnings += [
             f"recover.{name} has no effect with recover.matching=0"

@@ -32,6 +32,7 @@ from ltdd_scale.methods.rldd.chunks import Chunk, chunks
 from ltdd_scale.methods.rldd.guard import Watch
 from ltdd_scale.methods.rldd.matched import Matched, Source
 from ltdd_scale.methods.rldd.settings import Recover
+from ltdd_scale.methods.rldd.sides import mixed, resized, stages
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime import files, signals, tensors
 from ltdd_scale.runtime.checkpoint import Checkpoints
@@ -80,9 +81,10 @@ class Objective:
 
     def trust(self, batch: Batch) -> Tensor | None:
         """How much the teacher's term of each image counts, float32 [n]; None: all the same."""
-        if self.teacher is None or not self.settings.guard_confidence:
+        if self.teacher is None or not self.settings.weighs_images:
             return None
-        return guard.confidence(self.teacher, batch.images, batch.labels, self.ranks)
+        sure = guard.confidence(self.teacher, batch.images, batch.labels, self.ranks)
+        return 1 - sure if self.settings.guard == "unsure" else sure
 
     def watch(self, batch: Batch) -> Watch | None:
         """What stops the chunk, where the settings want that."""
@@ -185,26 +187,6 @@ def _state(
         "optimizer": optimizer.state_dict(),
         "average": dict(alignment.average),
     }
-
-
-def stages(settings: Recover, size: int) -> dict[int, int]:
-    """First iteration of each stage → side of the images in it; stages are equally long."""
-    sides = settings.resolutions or [size]
-    return {settings.iterations * k // len(sides): side for k, side in enumerate(sides)}
-
-
-def mixed(images: Tensor, initial: Tensor, side: int, residual: float) -> Tensor:
-    """FADRM: on to the next stage's `side`, a share `residual` of the initial image mixed in."""
-    return (1 - residual) * resized(images, side) + residual * resized(initial, side)
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """Whole images [n, 3, H, H] at another side."""
-    if images.shape[-1] == side:
-        return images
-    n, device = len(images), images.device
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).to(device, non_blocking=True).expand(n, -1)
-    return augment.crop_resize(images, whole, torch.zeros(n, dtype=torch.bool, device=device), side)
 
 
 @dataclass(frozen=True)

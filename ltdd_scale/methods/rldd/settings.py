@@ -99,20 +99,21 @@ class Recover(Settings):
         0, "classes a chunk, taken at a stride so that head and tail meet; 0: as many as fit", low=0
     )
     lr: Number = option(
-        0.005, "Adam learning rate, in units of normalised pixels; cosine to 0", low=0
+        0.01, "Adam learning rate, in units of normalised pixels; cosine to 0", low=0
     )
     betas: list[Number] = option([0.5, 0.9], "Adam betas")
     ce: Number = option(0.0, "weight of the observer's cross-entropy", low=0)
     teacher_ce: Number = option(
-        1.0,
+        10.0,
         "weight of the teacher's cross-entropy: it keeps images what the teacher, who labels "
         "them, takes for their class",
         low=0,
     )
-    guard_confidence: Switch = option(
-        False,
-        "weight the teacher's cross-entropy of each image by the probability of its class that "
-        "the teacher gives the initial image: what it is unsure of, it does not guard",
+    guard: Literal["unsure", "sure", "all"] = option(
+        "unsure",
+        "which images the teacher's cross-entropy moves, by the probability p of its class that "
+        "the teacher gives the initial image; unsure: weight 1 - p, what it knows well stays as "
+        "it is; sure: weight p, what it is unsure of it does not guard; all: the same weight",
     )
     stop: Number = option(
         0.0,
@@ -159,3 +160,7 @@ class Recover(Settings):
     @property
     def needs_teacher(self) -> bool:
         return self.teacher_ce > 0 or self.stop > 0
+
+    @property
+    def weighs_images(self) -> bool:
+        return self.teacher_ce > 0 and self.guard != "all"
