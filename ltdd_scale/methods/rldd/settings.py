@@ -143,7 +143,7 @@ class Recover(Settings):
     )
     matching_width: Whole = option(32, "channels of the random ConvNet-3", low=1)
     matching_real: Whole = option(
-        64,
+        16,
         "real images of each class of the chunk that a step looks at; small classes repeat",
         low=1,
     )
