@@ -10,7 +10,7 @@ from ltdd_scale import recipe
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.errors import UserError
-from ltdd_scale.judging import choice, choose
+from ltdd_scale.judging import choice, choose, lengths
 from ltdd_scale.judging.saved import Saved
 from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.kept import CALLED
@@ -73,14 +73,27 @@ def test_trials_are_short_and_judged_on_validation_images():
     for stage in tried:
         assert stage.given["split"] == "val" and "split" not in stage.reads
         assert stage.given["epochs"] == 30 and "labels" not in stage.inputs
-    # As many steps with two images a class, where an epoch has fewer; never more than a student has.
-    epochs = {ipc: choose.epochs(Config(ipc=ipc, evaluate={"epochs": 300})) for ipc in (1, 2, 50)}
-    assert epochs == {1: 300, 2: 150, 50: 30}
+        assert (stage.given["least_steps"], stage.given["most"]) == (200, 150)
     without = Config(**HELD, method="mtt", relabel={"labels": "hard"})
     sets = {s.given["student"]["set"] for s in choose.trials(without, recipe.roles(without))}
     assert sets == (
         {"distilled", "random"} | ({"initial"} if recipe.roles(without).initial else set())
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(10, 150), (50, 100), (100, 50), (1000, 30), (100_000, 30)]
+)
+def test_trials_of_small_sets_have_more_epochs(images, epochs):
+    """200 steps of 25 images at least, never more than half of the epochs of a student."""
+
+    class Read(dict):
+        __getattr__ = dict.__getitem__
+
+    own = Read(training=Read(batch_size=25), **choose.length(Config(evaluate={"epochs": 300})))
+    assert lengths.epochs_of(own, images) == epochs
+    student = Read(training=own.training, epochs=300)
+    assert lengths.epochs_of(student, images) == 300
 
 
 def test_a_student_may_stand_for_the_chosen_one(tmp_path):

@@ -86,8 +86,8 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     if not context.ranks.is_main:
         return {}
     trials = [folder for name, folder in context.inputs.items() if name.startswith("trial/")]
-    rows = [files.read_json(folder / "result.json")["row"] for folder in trials]
-    found = table(rows, settings.kinds)
+    results = [files.read_json(folder / "result.json") for folder in trials]
+    found = table([result["row"] for result in results], settings.kinds)
     for kind, choice in found.items():
         context.say(f"choose: {said(kind, choice)}")
     which = found[settings.kinds[0]]["set"]
@@ -96,7 +96,7 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         _put_random(split, settings, context)
     else:
         _copy(Distilled(context.input(which), len(split.classes)), context.out)
-    files.write_json(context.out / FILE, {"kinds": found, "epochs": settings.epochs})
+    files.write_json(context.out / FILE, {"kinds": found, "epochs": len(results[0]["loss"])})
     return {"chosen": which}
 
 

@@ -16,7 +16,6 @@ from ltdd_scale.results import Student
 from ltdd_scale.stage import Division, Stage, places
 
 CHOOSE = "choose"
-USUAL_IPC = 10  # choose.share is for sets of so many images a class, and larger ones
 
 
 def wanted(config: Any) -> bool:
@@ -58,11 +57,15 @@ def kinds(config: Any) -> list[str]:
     return [kind for kind in found if not KINDS[kind].of_set]
 
 
-def epochs(config: Any) -> int:
-    """Of a trial. With fewer than ten images a class an epoch has fewer steps, and a trial as many
-    more epochs: after too few steps students tell noise."""
-    share = config.choose.share * max(1.0, USUAL_IPC / config.ipc)
-    return max(1, round(config.evaluate.epochs * min(1.0, share)))
+def length(config: Any) -> dict[str, int]:
+    """Of a trial. After too few steps students tell noise: those of small sets have more epochs
+    (`lengths.epochs_of`), but never more than half of a student's, or `choose.share` of them."""
+    whole = config.evaluate.epochs
+    return {
+        "epochs": max(1, round(whole * config.choose.share)),
+        "least_steps": config.choose.steps,
+        "most": max(1, whole // 2),
+    }
 
 
 def trials(config: Any, roles: Roles) -> list[Stage]:
@@ -73,7 +76,7 @@ def trials(config: Any, roles: Roles) -> list[Stage]:
         for which in sets:
             for seed in range(config.seed, config.seed + config.choose.seeds):
                 who = Student(which, kind, net, seed)
-                unit = single_stage.unit(who, epochs(config), config, roles)
+                unit = single_stage.unit(who, config.evaluate.epochs, config, roles)
                 reads = {k: v for k, v in unit.reads.items() if k != "split"}
                 # Labels that relabel has made are of the students' epochs: these make their own.
                 inputs = {k: v for k, v in unit.inputs.items() if k != "labels"}
@@ -83,7 +86,7 @@ def trials(config: Any, roles: Roles) -> list[Stage]:
                         name=who.name.replace("student/", "trial/", 1),
                         reads=reads,
                         inputs=inputs,
-                        given={**unit.given, "split": "val"},
+                        given={**unit.given, **length(config), "split": "val"},
                         group="trials",
                         help="train short students that tell which images to keep",
                     )
@@ -100,10 +103,10 @@ def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
     choice = Stage(
         name=CHOOSE,
         kind="choose",
-        version=1,
+        version=2,
         run="ltdd_scale.judging.choice:run",
         reads={**places("seed", "ipc"), **seen(config)},
-        given={"kinds": kinds(config), "epochs": epochs(config)},
+        given={"kinds": kinds(config)},
         inputs={
             **real(config),
             "distilled": roles.distilled,

@@ -7,6 +7,7 @@ from typing import Any
 from ltdd_scale.data import whitening
 from ltdd_scale.judging import criteria
 from ltdd_scale.judging.criteria import Wanted
+from ltdd_scale.judging.lengths import epochs_of
 from ltdd_scale.labels.catalog import KINDS, SINGLE
 from ltdd_scale.labels.cost import networks
 from ltdd_scale.models import flops
@@ -29,6 +30,7 @@ def student(settings: Any, facts: Facts) -> Cost:
     who, seen = settings.student, settings.images
     whole = who["set"] in WHOLE_SETS
     images = facts.num_images if whole else facts.num_classes * settings.ipc
+    epochs = epochs_of(settings, images)
     held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
     teachers = networks(settings)
     labelled = _labelled(settings) * images * teachers
@@ -39,8 +41,8 @@ def student(settings: Any, facts: Facts) -> Cost:
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
     return Cost(
-        flops=(settings.epochs * images * passes + labelled) * flops.forward(*net)
-        + whitening.flops(settings, settings.epochs * images),
+        flops=(epochs * images * passes + labelled) * flops.forward(*net)
+        + whitening.flops(settings, epochs * images),
         memory=held + COPIES * weights + whitening.held(settings),
         activations=batch * flops.activations(*net),
         disk=(COPIES - 1) * weights,  # of a checkpoint, until the student is done

@@ -104,10 +104,15 @@ class Choose(Settings):
     )
     share: Number = option(
         0.1,
-        "epochs of a short student, as a share of evaluate.epochs; with fewer than ten images a "
-        "class as many more as make up for it",
+        "epochs of a short student, as a share of evaluate.epochs",
         low=0,
         high=1,
+    )
+    steps: Whole = option(
+        200,
+        "steps of a short student at least: of few images it has more epochs than its share, up to "
+        "half of evaluate.epochs",
+        low=0,
     )
     seeds: Whole = option(3, "short students of each set and kind of label", low=1)
 

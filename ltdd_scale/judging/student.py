@@ -22,6 +22,7 @@ from ltdd_scale.data.loader import open_images, prepare, some_images
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging import choice
+from ltdd_scale.judging.lengths import epochs_of
 from ltdd_scale.judging.metrics import logit_adjusted, metrics
 from ltdd_scale.judging.saved import AS, LOGITS
 from ltdd_scale.judging.subsets import Part, part_of
@@ -118,6 +119,7 @@ def _setup(
     who: Student, settings: Any, context: Context, split: ShardSplit, part: Part | None
 ) -> Setup:
     images, seen = _images(who, settings, context, split), settings.images
+    epochs = epochs_of(settings, len(images.labels))
     normalize = prepare(split, context.ranks.device, context.inputs.get("zca"))
     maker = Maker(
         images=images,
@@ -129,7 +131,7 @@ def _setup(
         num_classes=len(split.classes),
         train_counts=split.counts,
         seed=settings.seed,
-        epochs=settings.epochs,
+        epochs=epochs,
         ranks=context.ranks,
         learned=_learned(who, context, len(split.classes)),
     )
@@ -142,7 +144,7 @@ def _setup(
         normalize=normalize,
         spec=maker.spec,
         training=settings.training,
-        epochs=settings.epochs,
+        epochs=epochs,
         key=key_of(who.seed, who.part),
         title=who.title,
     )
