@@ -1,7 +1,11 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from ltdd_scale.errors import UserError
-from ltdd_scale.runtime import place
+from ltdd_scale.errors import PassingError, UserError
+from ltdd_scale.runtime import place, ranks
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -85,3 +89,41 @@ def test_a_task_does_not_meet_where_its_submitter_met(env):
     env({**STEP, "MASTER_ADDR": "elsewhere", place.RENDEZVOUS: "file:///tmp/x"})
     here = place.become_task()
     assert here.in_step and here.rendezvous == "" and (here.rank, here.world_size) == (3, 4)
+
+
+def test_ranks_that_cannot_work_together_are_refused():
+    first, second = (ranks.Compute("cuda", gpu, "bfloat16") for gpu in ("GPU-a", "GPU-b"))
+    ranks.refuse_unlike([first, second])
+    cpu = ranks.Compute("cpu", "", "bfloat16")
+    ranks.refuse_unlike([cpu, cpu])
+    said = r"different devices \(cuda: rank 0, 2; cpu: rank 1\)"
+    with pytest.raises(UserError, match=said) as wrong:
+        ranks.refuse_unlike([first, cpu, second])
+    assert wrong.type is UserError
+    with pytest.raises(PassingError, match=said):  # another node may have its GPU
+        ranks.refuse_unlike([first, cpu, second], in_slurm=True)
+    with pytest.raises(UserError, match=r"ranks 0, 2 share one GPU \(GPU-a\)"):
+        ranks.refuse_unlike([first, second, first])
+    with pytest.raises(
+        UserError, match=r"different precisions \(bfloat16: rank 0; float32: rank 1"
+    ):
+        ranks.refuse_unlike([first, second._replace(precision="float32")])
+
+
+def test_ranks_compare_what_they_compute_in_before_any_collective(tmp_path):
+    code = (
+        "import sys; from ltdd_scale.runtime import ranks\n"
+        "from ltdd_scale.errors import UserError\n"
+        "try: ranks.join('cpu', sys.argv[1], 1)\n"
+        "except UserError as error: print(error)"
+    )
+    started = []
+    for rank, precision in enumerate(("float32", "bfloat16")):
+        own = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+        own[place.RENDEZVOUS] = f"file://{tmp_path}/meet"
+        env = os.environ | {name: str(value) for name, value in own.items()}
+        command = [sys.executable, "-c", code, precision]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    for process in started:
+        said, _ = process.communicate(timeout=100)
+        assert "different precisions (float32: rank 0; bfloat16: rank 1)" in said

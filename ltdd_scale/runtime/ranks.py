@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
 import socket
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ltdd_scale.errors import PeerLost, UserError
+from ltdd_scale.errors import PassingError, PeerLost, UserError
 from ltdd_scale.runtime import files, place, signals
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -107,7 +109,8 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     or be alone.
 
     The tasks of a SLURM step find each other by a note in the shared folder `meeting`.
-    Raises `UserError` for a half-set environment and for a GPU that is not there.
+    Raises `UserError` for a half-set environment, for a GPU that is not there, and where the ranks
+    do not compute on the same kind of device, or two on the same GPU.
     """
     here = place.here()
     kind = _kind(device)
@@ -117,10 +120,12 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
             local = 0  # SLURM shows each task its own GPU only
         _prepare_gpu(here.rank, local, precision)
     torch.set_num_threads(threads)
-    if here.world_size > 1 and not dist.is_initialized():
-        _join_group(here, kind, meeting)
     auto = "bfloat16" if kind == "cuda" else "float32"
-    dtype = torch.bfloat16 if (auto if precision == "auto" else precision) == "bfloat16" else None
+    precision = auto if precision == "auto" else precision
+    if here.world_size > 1 and not dist.is_initialized():
+        gpu = str(torch.cuda.get_device_properties(local).uuid) if kind == "cuda" else ""
+        _join_group(here, Compute(kind, gpu, precision), meeting)
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
     on = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     return Ranks(here.rank, here.world_size, on, dtype)
 
@@ -150,7 +155,41 @@ def _prepare_gpu(rank: int, local: int, precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
-def _join_group(here: place.Place, kind: str, meeting: Path) -> None:
+class Compute(NamedTuple):
+    """What a rank computes on: "cpu" or "cuda", which GPU, and in which precision."""
+
+    kind: str
+    gpu: str
+    precision: str
+
+
+def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
+    """Raise where `ranks`, what each rank computes on, cannot work together: NCCL would wait for
+    the rank that has no GPU, and bits would depend on which rank does what."""
+    for name, what in (("kind", "devices"), ("precision", "precisions")):
+        found: dict[str, list[str]] = {}
+        for rank, own in enumerate(ranks):
+            found.setdefault(getattr(own, name), []).append(str(rank))
+        if len(found) > 1:
+            told = "; ".join(f"{value}: rank {', '.join(those)}" for value, those in found.items())
+            # Another node may have its GPU.
+            error = PassingError if in_slurm and name == "kind" else UserError
+            cure = "see whether torch sees a GPU on every node, or set runtime.device=cpu"
+            raise error(
+                f"ranks compute on different {what} ({told}): "
+                + (cure if name == "kind" else "give all of them the same runtime.precision")
+            )
+    gpus = [own.gpu for own in ranks if own.gpu]
+    for gpu in gpus:
+        if gpus.count(gpu) > 1:
+            both = ", ".join(str(rank) for rank, own in enumerate(ranks) if own.gpu == gpu)
+            raise UserError(
+                f"ranks {both} share one GPU ({gpu}): start one rank a GPU (--nproc, or one GPU "
+                "for each task)"
+            )
+
+
+def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
     # Long: rank 0 may shard for hours while the others wait. A dead peer is its launcher's
     # business.
     timeout = datetime.timedelta(days=2)
@@ -163,8 +202,11 @@ def _join_group(here: place.Place, kind: str, meeting: Path) -> None:
     # torchrun keeps its store when it restarts workers. Without a prefix they would look for the
     # addresses of their dead predecessors, and wait.
     store = dist.PrefixStore(f"attempt {here.elastic_attempt}", store)
+    store.set(f"rank {here.rank} computes", json.dumps(own))
+    told = [json.loads(store.get(f"rank {rank} computes")) for rank in range(here.world_size)]
+    refuse_unlike([Compute(*other) for other in told], here.in_slurm)
     dist.init_process_group(
-        "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+        "gloo" if own.kind == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
         rank=here.rank,
         world_size=here.world_size,
