@@ -1,12 +1,14 @@
 import json
 
 import pytest
+import torch
 from conftest import TINY, cli
 
 from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.errors import UserError
 from ltdd_scale.pipeline import graph, run, store
+from ltdd_scale.runtime.ranks import Ranks
 from ltdd_scale.stage import Division, Stage
 
 
@@ -218,6 +220,19 @@ def test_parts_are_for_stages_that_have_them(tmp_path):
         graph.check_part(found, together, (0, 2))
     with pytest.raises(UserError, match="no stage 'match'"):
         graph.goals(found, ["match"])
+
+
+def hungry(settings, context):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_too_little_memory_on_a_gpu_is_one_line_that_says_what_to_lower(tmp_path):
+    stage = Stage("recover", "x", 1, f"{__name__}:hungry", smaller="recover.batch_size or ipc")
+    found = graph.build([stage], None)
+    how = run.How(facts=lambda: None, workers=0, checkpoint_seconds=1, quiet=True)
+    alone = Ranks(0, 1, torch.device("cpu"), None)
+    with pytest.raises(UserError, match=r"cpu has: lower recover\.batch_size or ipc \(CUDA out of"):
+        run.bring_up_to_date(found, tmp_path, ["recover"], alone, how)
 
 
 def unit(name, group, reads=()):

@@ -621,7 +621,10 @@ def test_settings_without_effect_are_told():
     def warnings(**changes):
         return RLDD.check(rldd_tools.config(recover=Recover(**changes)))
 
-    assert warnings() == warnings(**MORE) == warnings(teacher_ce=0, stop=0.1) == []
+    assert warnings() == warnings(**{**MORE, "stop": 0.1}) == []
+    assert warnings(teacher_ce=0, stop=0.1) == []
+    (never,) = warnings(stop=1.0)
+    assert "recover.stop=1 never stops" in never
     assert warnings(teacher_ce=0, guard="sure") == [
         "recover.guard has no effect with recover.teacher_ce=0"
     ]

@@ -36,7 +36,7 @@ def stage(role: str, config: Any) -> Stage:
         cost="ltdd_scale.experts.cost:cost",
         check="ltdd_scale.experts.train:check",
         help=f"train the {role}",
-        smaller=f"{role}.batch_size, data.memory_gb or data.resolution",
+        smaller=f"train.micro_batch, {role}.batch_size, data.memory_gb or data.resolution",
     )
 
 

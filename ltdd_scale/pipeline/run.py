@@ -215,7 +215,13 @@ class _Work:
     def _run(self, node: Node, context: Context) -> dict[str, Any]:
         if node.stage.division is Division.ONE and not context.ranks.is_main:
             return {}
-        return function(node.stage.run)(node.settings, context)
+        try:
+            return function(node.stage.run)(node.settings, context)
+        except torch.OutOfMemoryError as error:
+            on, said = context.ranks.device, str(error).partition(". ")[0]
+            raise UserError(
+                f"{node.name} needs more memory than {on} has: lower {node.stage.smaller} ({said})"
+            ) from error
 
     def _seal(
         self, node: Node, ranks: Ranks, facts: dict[str, Any], seconds: float, peaks: list[dict]

@@ -73,6 +73,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         cost=f"{HERE}.cost:recover",
         check=f"{HERE}.matched:check",
         help="align the images with the statistics",
+        smaller="recover.batch_size or ipc",
     )
     return calibrate, initialize, recover
 
@@ -115,6 +116,8 @@ def _check_terms(recover: Recover) -> list[str]:
         )
     if recover.guard != usual.guard and not recover.teacher_ce:
         warnings.append("recover.guard has no effect with recover.teacher_ce=0")
+    if recover.stop == 1:
+        warnings.append("recover.stop=1 never stops a chunk: 0 says so, and asks the teacher less")
     if not recover.matching:
         warnings += [
             f"recover.{name} has no effect with recover.matching=0"
