@@ -254,7 +254,9 @@ def test_the_teachers_term_is_weighted_by_what_it_thinks_of_the_initial_images()
         recover.Objective(network(), teacher, -bound, bound, of, 8, False, rldd_tools.ALONE)
         for of in (Recover(), Recover(guard="all"))
     )
-    assert torch.equal(usual.trust(batch), 1 - trust)  # what it knows well stays as it is
+    assert torch.equal(
+        usual.trust(batch), (1 - trust).square()
+    )  # what it knows well stays as it is
     assert plain.trust(batch) is None
 
 

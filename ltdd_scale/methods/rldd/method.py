@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=6,
+        version=7,
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",

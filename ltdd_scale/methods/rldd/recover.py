@@ -84,7 +84,7 @@ class Objective:
         if self.teacher is None or not self.settings.weighs_images:
             return None
         sure = guard.confidence(self.teacher, batch.images, batch.labels, self.ranks)
-        return 1 - sure if self.settings.guard == "unsure" else sure
+        return (1 - sure).square() if self.settings.guard == "unsure" else sure
 
     def watch(self, batch: Batch) -> Watch | None:
         """What stops the chunk, where the settings want that."""

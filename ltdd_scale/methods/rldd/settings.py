@@ -112,7 +112,7 @@ class Recover(Settings):
     guard: Literal["unsure", "sure", "all"] = option(
         "unsure",
         "which images the teacher's cross-entropy moves, by the probability p of its class that "
-        "the teacher gives the initial image; unsure: weight 1 - p, what it knows well stays as "
+        "the teacher gives the initial image; unsure: weight (1 - p)², what it knows stays as "
         "it is; sure: weight p, what it is unsure of it does not guard; all: the same weight",
     )
     stop: Number = option(
