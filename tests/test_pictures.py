@@ -372,16 +372,16 @@ def test_a_sweep_has_curves_over_what_varies(tmp_path, gallery):
     one = sweep.Sweep("s", tmp_path / "c.yaml", {"f10-i1": {}})
     text = sweep_table.write(one, shell, tmp_path, lambda job: "")
     assert "![" not in text and not (tmp_path / "pictures").exists()
-    # Features of its networks.
-    node = made[0].nodes.get("embedding")
-    if node is not None:
+    # Features of its networks; one that two points share is shown once.
+    two = sweep.Sweep("s", tmp_path / "c.yaml", {"f10-i1": {}, "f10-i10": {}})
+    for node in (made[0].nodes["embedding"], made[1].nodes["embedding"]):
         folder = node.folder(tmp_path / "store")
         folder.mkdir(parents=True)
         for name in ("embedding.npz", "embedding.json"):
             (folder / name).write_bytes((gallery.material.find("embedding") / name).read_bytes())
-        text = sweep_table.write(one, shell, tmp_path, lambda job: "")
-        assert "embeddings.svg" in text
-        assert "f10-i1: distilled" in texts(tmp_path / "pictures" / "embeddings.svg")
+    text = sweep_table.write(two, shell, tmp_path, lambda job: "")
+    assert "embeddings.svg" in text
+    assert "f10-i1, f10-i10: distilled" in texts(tmp_path / "pictures" / "embeddings.svg")
 
 
 def test_a_sweep_over_seeds_draws_means(tmp_path):

@@ -202,15 +202,19 @@ def _features(embeddings: Mapping[str, Path]) -> Picture | None:
     from ltdd_scale.publish.pictures import points
     from ltdd_scale.publish.pictures.canvas import Picture
 
-    panels, classes, perplexities = {}, [], []
+    found: dict[tuple[str, bytes], tuple[points.Cloud, list[str]]] = {}
+    classes, perplexities = [], []
     for name, folder in there.items():
         own, record = read_embedding(folder)
         if classes and record["classes"] != classes:
             continue  # other classes have other colours
         classes = record["classes"]
         perplexities.append(f"{record['perplexity']:g}")
-        panels.update({f"{name}: {title}": panel for title, panel in own.items()})
-    panels = dict(list(panels.items())[:MOST])
+        for title, panel in own.items():
+            # Points share networks: the plain one of the same whole set is shown once.
+            found.setdefault((title, panel[0].tobytes()), (panel, []))[1].append(name)
+    titled = {f"{', '.join(of)}: {title}": panel for (title, _), (panel, of) in found.items()}
+    panels = dict(list(titled.items())[:MOST])
     return Picture(
         "embeddings",
         "Features of the judged images (t-SNE)",
