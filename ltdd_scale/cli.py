@@ -68,7 +68,7 @@ def _common(p: argparse.ArgumentParser, what: str) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="settings laid over the config, such as --set ipc=50 recover.lr=0.01",
+        help="settings laid over the config, such as --set ipc=50 recover.lr=0.02",
     )
     p.add_argument(
         "--nproc",

@@ -143,7 +143,7 @@ def test_points_share_what_they_have_in_common(tmp_path):
     assert "ipc2-s1/teacher" in later.needs
     # Points that differ in recovery alone have the same students on random images: the later waits
     # for them instead of training them.
-    both = [point(tmp_path, "a"), point(tmp_path, "b", "recover.lr=0.01")]
+    both = [point(tmp_path, "a"), point(tmp_path, "b", "recover.lr=0.02")]
     made = jobs.plan(both, tmp_path / "store", profile.Profile())
     (later,) = [j for j in made if j.name == "b/students"]
     assert "a/students" in later.needs
@@ -153,7 +153,7 @@ def test_what_is_done_is_not_planned_again(finished):
     config, run = finished
     made = campaign_of(run, config)
     assert all(made.done(j) for j in made.jobs) and campaign.missing(made, set()) == []
-    other = campaign_of(run, config, "recover.lr=0.01")
+    other = campaign_of(run, config, "recover.lr=0.02")
     left = ["recover", "relabel", "students", "embedding", "evaluate", "report"]
     assert [j.name for j in campaign.missing(other, set())] == left
     other.ids["recover"] = "17"
