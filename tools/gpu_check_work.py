@@ -345,9 +345,10 @@ def group(asked: argparse.Namespace) -> None:
     two = Told(0, 2, alone.device, None)
     observer = next(w for w in works(asked.methods, asked.out / "work").values() if is_expert(w))
     with tempfile.TemporaryDirectory() as folder:
+        own = ranks.compute(device.type, device.index or 0, "float32")
         here = place.Place(rank=0, world_size=1, launched=True, rendezvous=f"file://{folder}/meet")
         steps: dict[str, Callable[[], Any]] = {
-            "meet": lambda: ranks._join_group(here, device.type, Path()),
+            "meet": lambda: ranks._join_group(here, own, Path()),
             "barrier": two.barrier,
             "broadcast": lambda: two.broadcast({"a": 1}),
             "gather": lambda: two.gather({"a": 1}),

@@ -123,8 +123,7 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     auto = "bfloat16" if kind == "cuda" else "float32"
     precision = auto if precision == "auto" else precision
     if here.world_size > 1 and not dist.is_initialized():
-        gpu = str(torch.cuda.get_device_properties(local).uuid) if kind == "cuda" else ""
-        _join_group(here, Compute(kind, gpu, precision), meeting)
+        _join_group(here, compute(kind, local, precision), meeting)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     on = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     return Ranks(here.rank, here.world_size, on, dtype)
@@ -161,6 +160,12 @@ class Compute(NamedTuple):
     kind: str
     gpu: str
     precision: str
+
+
+def compute(kind: str, local: int, precision: str) -> Compute:
+    """What a rank with GPU `local` computes on."""
+    gpu = str(torch.cuda.get_device_properties(local).uuid) if kind == "cuda" else ""
+    return Compute(kind, gpu, precision)
 
 
 def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
