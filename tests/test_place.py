@@ -102,7 +102,7 @@ def test_ranks_that_cannot_work_together_are_refused():
     assert wrong.type is UserError
     with pytest.raises(PassingError, match=said):  # another node may have its GPU
         ranks.refuse_unlike([first, cpu, second], in_slurm=True)
-    with pytest.raises(UserError, match=r"ranks 0, 2 share one GPU \(GPU-a\)"):
+    with pytest.raises(UserError, match=r"ranks share a GPU \(GPU-a: rank 0, 2\)"):
         ranks.refuse_unlike([first, second, first])
     with pytest.raises(
         UserError, match=r"different precisions \(bfloat16: rank 0; float32: rank 1"

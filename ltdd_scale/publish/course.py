@@ -32,7 +32,7 @@ PARTS = {
 TRIAL = "trial/"  # how names of stages of the choice's short students begin
 
 
-def of(material: Material, results: Mapping[str, Any], net: str) -> list[Picture | None]:
+def pictures(material: Material, results: Mapping[str, Any], net: str) -> list[Picture | None]:
     """`net`: the one whose students are shown."""
     return [losses(material, results, net), timeline(material)]
 

@@ -58,7 +58,10 @@ class Gallery:
             self.embeddings,
             self.pairs,
         )
-        found = [*(make() for make in makers), *course.of(self.material, self.results, self.net)]
+        found = [
+            *(make() for make in makers),
+            *course.pictures(self.material, self.results, self.net),
+        ]
         return [picture for picture in found if picture is not None]
 
     def _point(self, entry: Mapping[str, Any] | None) -> budget.Point | None:

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,27 +171,37 @@ def compute(kind: str, local: int, precision: str) -> Compute:
 def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
     """Raise where `ranks`, what each rank computes on, cannot work together: NCCL would wait for
     the rank that has no GPU, and bits would depend on which rank does what."""
-    for name, what in (("kind", "devices"), ("precision", "precisions")):
-        found: dict[str, list[str]] = {}
-        for rank, own in enumerate(ranks):
-            found.setdefault(getattr(own, name), []).append(str(rank))
-        if len(found) > 1:
-            told = "; ".join(f"{value}: rank {', '.join(those)}" for value, those in found.items())
-            # Another node may have its GPU.
-            error = PassingError if in_slurm and name == "kind" else UserError
-            cure = "see whether torch sees a GPU on every node, or set runtime.device=cpu"
-            raise error(
-                f"ranks compute on different {what} ({told}): "
-                + (cure if name == "kind" else "give all of them the same runtime.precision")
-            )
-    gpus = [own.gpu for own in ranks if own.gpu]
-    for gpu in gpus:
-        if gpus.count(gpu) > 1:
-            both = ", ".join(str(rank) for rank, own in enumerate(ranks) if own.gpu == gpu)
-            raise UserError(
-                f"ranks {both} share one GPU ({gpu}): start one rank a GPU (--nproc, or one GPU "
-                "for each task)"
-            )
+    kinds = _ranks_by(own.kind for own in ranks)
+    if len(kinds) > 1:
+        error = PassingError if in_slurm else UserError  # another node may have its GPU
+        raise error(
+            f"ranks compute on different devices ({_told(kinds)}): see whether torch sees a GPU on "
+            "every node, or set runtime.device=cpu"
+        )
+    precisions = _ranks_by(own.precision for own in ranks)
+    if len(precisions) > 1:
+        raise UserError(
+            f"ranks compute in different precisions ({_told(precisions)}): give all of them the "
+            "same runtime.precision"
+        )
+    shared = {g: r for g, r in _ranks_by(own.gpu for own in ranks).items() if g and len(r) > 1}
+    if shared:
+        raise UserError(
+            f"ranks share a GPU ({_told(shared)}): start one rank a GPU (--nproc, or one GPU for "
+            "each task)"
+        )
+
+
+def _ranks_by(values: Iterable[str]) -> dict[str, list[int]]:
+    """Value → the ranks that have it."""
+    found: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return found
+
+
+def _told(found: Mapping[str, Sequence[int]]) -> str:
+    return "; ".join(f"{value}: rank {', '.join(map(str, r))}" for value, r in found.items())
 
 
 def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
