@@ -12,6 +12,7 @@ from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging import choice, choose, lengths
 from ltdd_scale.judging.saved import Saved
+from ltdd_scale.publish import kept
 from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.kept import CALLED
 from ltdd_scale.publish.opened import Opened
@@ -24,7 +25,7 @@ def names(config) -> list[str]:
 
 
 def rows(**numbers):
-    """Two seeds of each set, at a distance of 2."""
+    """Two seeds of each set, at a distance of 2: two standard errors of a difference are 2.8."""
     return [
         {"set": which, "labels": labels, "balanced": value + d, "class_std": 1.0}
         for labels, sets in numbers.items()
@@ -33,23 +34,38 @@ def rows(**numbers):
     ]
 
 
-def test_the_best_mean_is_kept_for_each_kind_of_label():
+def test_what_is_ahead_of_the_methods_own_is_kept_for_each_kind_of_label():
     found = choice.table(
         rows(
-            single={"distilled": 40.0, "initial": 41.0, "random": 39.0},
+            single={"distilled": 40.0, "initial": 43.0, "random": 39.0},
+            online={"distilled": 40.0, "initial": 42.5, "random": 39.0},
             hard={"distilled": 30.0, "initial": 30.0, "random": 30.0},
         ),
-        ["single", "hard"],
+        ["single", "online", "hard"],
     )
     assert found["single"]["set"] == "initial"
+    assert found["online"]["set"] == "distilled", "the method's own, within the noise"
     assert found["hard"]["set"] == "distilled", "the method's own, where nothing is better"
     tried = found["single"]["tried"]["random"]
     assert tried["balanced"] == 39 and tried["num_seeds"] == 2
     assert tried["balanced_std"] == pytest.approx(np.sqrt(2), abs=1e-3)
     said = choice.said("single", found["single"])
     assert said == (
-        "single labels: initial images are kept (distilled 40.0, initial 41.0, random real 39.0)"
+        "single labels: initial images are kept (distilled 40.0, initial 43.0, random real 39.0)"
     )
+    assert choice.said("online", found["online"]) == (
+        "online labels: distilled images are kept (distilled 40.0, initial 42.5, random real 39.0; "
+        "the difference is within the noise)"
+    )
+    why = kept.reason({**found["online"], "epochs": 20})
+    assert why.endswith("each). What is above the kept ones is so within the noise.")
+    assert kept.reason({**found["single"], "epochs": 20}).endswith("each).")
+
+
+def test_one_student_is_taken_at_its_word():
+    found = choice.table(rows(hard={"distilled": 30.0, "random": 30.1})[::2], ["hard"])
+    assert found["hard"]["tried"]["random"]["num_seeds"] == 1
+    assert found["hard"]["set"] == "random"
 
 
 def test_images_are_chosen_where_there_are_validation_images():

@@ -3,6 +3,7 @@ images. Writes ``choice.json`` and, as a distilled set, the images for the confi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ltdd_scale.runtime.context import Context
 
 FILE = "choice.json"
 CALLED = {"distilled": "distilled", "initial": "initial", "random": "random real"}
+OWN = "distilled"  # the method's own
 NUMBER = "balanced"  # what is best is best by: the mean over classes
 
 # The numbers of the tried sets: set → what `_means` gives.
@@ -26,8 +28,22 @@ Tried = Mapping[str, Mapping[str, Any]]
 
 
 def best(tried: Tried) -> str:
-    """The set with the highest mean. The first one of `tried` where means are equal."""
-    return max(tried, key=lambda which: tried[which][NUMBER])
+    """The method's own set, or the one with the highest mean where that is ahead by more than
+    the noise: two standard errors of the difference of means. Of one seed all is taken at its
+    word."""
+    first = max(tried, key=lambda which: tried[which][NUMBER])
+    if OWN not in tried:
+        return first
+    ahead, errors = tried[first][NUMBER] - tried[OWN][NUMBER], _errors(tried, first)
+    return first if ahead > 2 * errors else OWN
+
+
+def _errors(tried: Tried, which: str) -> float:
+    """The standard error of the difference between the means of `which` and of the method's own;
+    0 where a spread over seeds is not known."""
+    both = [tried[s] for s in (which, OWN)]
+    stds = [(numbers[f"{NUMBER}_std"] or 0.0, numbers["num_seeds"]) for numbers in both]
+    return math.sqrt(sum(std**2 / count for std, count in stds))
 
 
 def table(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -66,9 +82,11 @@ def entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def said(kind: str, choice: Mapping[str, Any]) -> str:
     """A sentence on the choice for a kind of label."""
-    tried = choice["tried"]
+    tried, kept = choice["tried"], choice["set"]
     numbers = ", ".join(f"{CALLED[s]} {tried[s][NUMBER]:.1f}" for s in tried)
-    return f"{kind} labels: {CALLED[choice['set']]} images are kept ({numbers})"
+    highest = max(numbers[NUMBER] for numbers in tried.values())
+    noise = "; the difference is within the noise" if tried[kept][NUMBER] < highest else ""
+    return f"{kind} labels: {CALLED[kept]} images are kept ({numbers}{noise})"
 
 
 def read(folder: Path) -> dict[str, Any]:

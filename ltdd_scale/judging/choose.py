@@ -103,7 +103,7 @@ def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
     choice = Stage(
         name=CHOOSE,
         kind="choose",
-        version=2,
+        version=3,  # 3: the method's own within the noise
         run="ltdd_scale.judging.choice:run",
         reads={**places("seed", "ipc"), **seen(config)},
         given={"kinds": kinds(config)},
