@@ -38,6 +38,21 @@ def test_chunks_hold_every_image_once(num_classes, ipc, batch_size, chunk_classe
     assert [c.number for c in work] == list(range(len(work)))
 
 
+@given(*SHAPES)
+def test_a_class_has_about_as_many_images_in_each_chunk(num_classes, ipc, batch_size, chunk_classes):
+    work = chunks.chunks(num_classes, ipc, batch_size, chunk_classes)
+    of_first = [chunk.last - chunk.first for chunk in work if 0 in chunk.classes]
+    fit = max(1, batch_size // len(work[0].classes))
+    assert len(of_first) == -(-ipc // fit), "no more chunks than are needed"
+    assert max(of_first) - min(of_first) < len(of_first), "each chunk lacks one image at most"
+
+
+def test_one_image_is_not_left_over():
+    """121 classes in groups of 11, nine images of which fit a chunk of 100."""
+    sizes = {chunk.last - chunk.first for chunk in chunks.chunks(121, 10, 100, 12)}
+    assert sizes == {5}
+
+
 def test_a_chunk_mixes_head_and_tail():
     chunk = chunks.chunks(1000, 10, 100)[0]
     assert len(chunk.classes) == 100 and chunk.classes[0] == 0 and chunk.classes[-1] == 990

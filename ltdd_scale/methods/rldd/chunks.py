@@ -35,7 +35,7 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
     Chunk g of G takes classes g, g + G, …: the long tail, thinned, in every batch.
     `chunk_classes`: classes of a chunk; 0: as many as fit.
     """
-    number, images = _sizes(num_classes, batch_size, chunk_classes)
+    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
     out: list[Chunk] = []
     for g in range(number):
         for first in range(0, ipc, images):
@@ -44,11 +44,14 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
     return out
 
 
-def _sizes(num_classes: int, batch_size: int, chunk_classes: int) -> tuple[int, int]:
-    """Groups of classes, and the images of a class that one chunk has."""
+def _sizes(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> tuple[int, int]:
+    """Groups of classes, and the images of a class that one chunk has, at most: as many as fit, but
+    about the same in all chunks of a group. One image left over would be a chunk that costs as many
+    steps as a full one, and is too small for statistics."""
     per_chunk = min(chunk_classes or num_classes, num_classes, batch_size)
     groups = -(-num_classes // per_chunk)
-    return groups, max(1, batch_size // -(-num_classes // groups))
+    fit = max(1, batch_size // -(-num_classes // groups))
+    return groups, -(-ipc // -(-ipc // fit))
 
 
 def groups(
@@ -56,12 +59,12 @@ def groups(
 ) -> tuple[list[range], int]:
     """The classes of each group, and how many chunks a group has: `chunks` without a list of all
     of them, which may be long."""
-    number, images = _sizes(num_classes, batch_size, chunk_classes)
+    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
     return [range(g, num_classes, number) for g in range(number)], -(-ipc // images)
 
 
 def _count(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> int:
-    number, images = _sizes(num_classes, batch_size, chunk_classes)
+    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
     return number * -(-ipc // images)
 
 
