@@ -39,7 +39,9 @@ def test_chunks_hold_every_image_once(num_classes, ipc, batch_size, chunk_classe
 
 
 @given(*SHAPES)
-def test_a_class_has_about_as_many_images_in_each_chunk(num_classes, ipc, batch_size, chunk_classes):
+def test_a_class_has_about_as_many_images_in_each_chunk(
+    num_classes, ipc, batch_size, chunk_classes
+):
     work = chunks.chunks(num_classes, ipc, batch_size, chunk_classes)
     of_first = [chunk.last - chunk.first for chunk in work if 0 in chunk.classes]
     fit = max(1, batch_size // len(work[0].classes))

@@ -8,7 +8,7 @@ from pydantic import Field, create_model
 
 from ltdd_scale.data.settings import Chosen, Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import OF_RECIPE, Expert, Train
+from ltdd_scale.experts.settings import OF_RECIPE, SAID, Expert, Role, Train
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
 from ltdd_scale.judging.catalog import PROTOCOLS
@@ -28,8 +28,8 @@ class _Common(Settings):
     ipc: Whole = option(10, "images per class of the distilled set", low=1)
     seed: Whole = option(0, "seed of everything but the split", low=0)
     data: Data = Data()
-    observer: Expert = Expert(norm="batch")
-    teacher: Expert = Expert()
+    observer: Role = Role(norm="batch")
+    teacher: Role = Role()
     train: Train = Train()
     trajectories: Trajectories = Trajectories()
     classifiers: Classifier = Classifier()
@@ -85,18 +85,30 @@ def check(config: Any) -> list[str]:
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
         warnings.append("train.deepspeed has no effect with train.engine=ddp")
     for role in ("observer", "teacher"):
-        expert = getattr(config, role)
-        if expert.crop_scale and expert.crop_padding != Expert().crop_padding:
-            warnings.append(f"{role}.crop_padding has no effect beside {role}.crop_scale")
-        if not expert.net.startswith("convnet") and expert.width != Expert().width:
-            warnings.append(f"{role}.width has no effect on {expert.net}")
-        others = OF_RECIPE["balanced" if expert.recipe == "glmc" else "glmc"]
-        warnings += [
-            f"{role}.{name} has no effect with {role}.recipe={expert.recipe}"
-            for name in others
-            if getattr(expert, name) != getattr(Expert(), name)
-        ]
+        _check_expert(role, getattr(config, role), warnings)
     return warnings
+
+
+def _check_expert(role: str, expert: Role, warnings: list[str]) -> None:
+    given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(Expert(), n)]
+    if "width" in given and not expert.net.startswith("convnet"):
+        warnings.append(f"{role}.width has no effect on {expert.net}")
+    if expert.weights:
+        idle = [n for n in given if n not in SAID]
+        if idle:
+            names = ", ".join(f"{role}.{n}" for n in idle)
+            warnings.append(f"without effect beside {role}.weights, nothing is trained: {names}")
+        return
+    if expert.head_epochs:
+        raise UserError(f"{role}.head_epochs goes with {role}.weights")
+    if expert.crop_scale and "crop_padding" in given:
+        warnings.append(f"{role}.crop_padding has no effect beside {role}.crop_scale")
+    others = OF_RECIPE["balanced" if expert.recipe == "glmc" else "glmc"]
+    warnings += [
+        f"{role}.{name} has no effect with {role}.recipe={expert.recipe}"
+        for name in others
+        if name in given
+    ]
 
 
 def _check_protocols(config: Any, warnings: list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from ltdd_scale.settings import Areas, Number, Settings, Switch, Text, Whole, option
 
 
@@ -64,6 +66,54 @@ class Expert(Settings):
     magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
 
 
+class Brought(Settings):
+    """An expert that is not trained here. Not hashed: a file counts by what it holds."""
+
+    weights: Text = option(
+        "",
+        "weights from elsewhere, for the net that is named: a file (a state dict of torch.save, or "
+        "safetensors), or torchvision:NAME, such as torchvision:IMAGENET1K_V2; training is "
+        "skipped; empty: the expert is trained",
+    )
+    head_epochs: Whole = option(
+        0,
+        "with weights: train a last layer of its own for these classes, by the balanced softmax, "
+        "and nothing else, for so many epochs; 0: the file's, which must know these classes",
+        low=0,
+    )
+
+
+class Role(Brought, Expert):
+    """What the config says of an expert."""
+
+
+class Architecture(Settings):
+    """The network of an expert: what weights from elsewhere must fit."""
+
+    net: Text
+    width: Whole
+    norm: Text
+
+
+class Head(Settings):
+    """Training of the last layer alone."""
+
+    head_epochs: Whole
+    batch_size: Whole
+    lr: Number
+    weight_decay: Number
+    prior: Number
+
+
+class Weights(Settings):
+    """Weights from elsewhere: where they lie, which is not hashed, and what they are."""
+
+    place: Text = Field(exclude=True)
+    digest: Text
+
+
+# What weights from elsewhere leave to say.
+SAID = {*Brought.model_fields, *Architecture.model_fields, *Head.model_fields}
 # Settings that one recipe reads and the other does not.
 OF_RECIPE = {
     "glmc": ("reweight_power", "contrast", "debias", "resample_power"),

@@ -8,24 +8,27 @@ from typing import Any
 
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Engine, Train
+from ltdd_scale.experts.settings import Architecture, Engine, Expert, Head, Train, Weights
 from ltdd_scale.stage import Resources, Section, Stage, places
 
 ROLES = ("observer", "teacher")
 
 
 def stage(role: str, config: Any) -> Stage:
-    """The expert of `role`. DeepSpeed's options are hashed, not the name of their file.
+    """The expert of `role`: trained, or with weights from elsewhere. What is in a file, DeepSpeed's
+    options or weights, is hashed, and not its name.
 
-    Raises `UserError` where the file of these options is wanted, and missing or not JSON.
+    Raises `UserError` where a file that is wanted cannot be read, or has options that are not JSON.
     """
+    if getattr(config, role).weights:
+        return _brought(role, config)
     return Stage(
         name=role,
         kind="experts",
         version=3,
         run="ltdd_scale.experts.train:run",
         reads={
-            "expert": role,
+            "expert": Section(role, Expert),
             "train": Section("train", Engine),
             "images": Section("data", Seen),
             **places("seed", "runtime.precision"),
@@ -37,6 +40,39 @@ def stage(role: str, config: Any) -> Stage:
         check="ltdd_scale.experts.train:check",
         help=f"train the {role}",
         smaller=f"train.micro_batch, {role}.batch_size, data.memory_gb or data.resolution",
+    )
+
+
+def _brought(role: str, config: Any) -> Stage:
+    from ltdd_scale.experts import layouts  # torch is behind it: only where weights are brought
+
+    place, code = getattr(config, role).weights, "ltdd_scale.experts.brought"
+    try:
+        weights = Weights(place=place, digest=layouts.digest(place))
+    except OSError as error:
+        raise UserError(
+            f"{role}.weights: cannot read {place}: {error.strerror}; it must be a file, or "
+            f"{layouts.TORCHVISION}NAME"
+        ) from None
+    own = {"head": Section(role, Head)} if getattr(config, role).head_epochs else {}
+    return Stage(
+        name=role,
+        kind="brought",
+        version=1,
+        run=f"{code}:run",
+        reads={
+            "net": Section(role, Architecture),
+            **own,
+            "images": Section("data", Seen),
+            **places("seed", "runtime.precision"),
+        },
+        given={"role": role, "weights": weights},
+        inputs={"shard": "shard"},
+        resources=Resources.NODES,
+        cost=f"{code}:cost",
+        check=f"{code}:check",
+        help=f"take the {role} from {role}.weights",
+        smaller="data.memory_gb or data.resolution",
     )
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltdd_scale.data import sampling
 from ltdd_scale.data.augment import ViewSpec
-from ltdd_scale.data.loader import open_images, prepare, stream_images
-from ltdd_scale.data.settings import Seen
+from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import batches, engine, state
+from ltdd_scale.experts import accuracy, batches, engine, state
 from ltdd_scale.experts.batches import Batch, Course
 from ltdd_scale.experts.losses import Objective
 from ltdd_scale.experts.recipes import RECIPES
@@ -88,7 +84,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
         frozen.save(context.out / "weights.pt", frozen.recipe(*made_of, num_classes), model)
         files.write_json(context.out / "log.json", history.epochs)
     parameters = sum(p.numel() for p in model.backbone.parameters())
-    judged = _judge(model.eval(), split, settings, normalize, context)
+    judged = accuracy.judge(role, model.eval(), split, settings.images, normalize, context)
     return {"parameters": parameters, "steps": total, **judged}
 
 
@@ -145,54 +141,6 @@ def learning_rate(expert: Expert, position: float) -> float:
         return expert.lr * (position + 1e-8) / expert.warmup_epochs
     done = (position - expert.warmup_epochs) / max(expert.epochs - expert.warmup_epochs, 1)
     return expert.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-@torch.no_grad()
-def hits(
-    model: nn.Module,
-    split: ShardSplit,
-    seen: Seen,
-    normalize: Callable[[Tensor], Tensor],
-    context: Context,
-    batch: int = 256,
-) -> np.ndarray:
-    """Images and right predictions of each class of a split, int64 [2, C]; every image once, shared
-    over ranks."""
-    ranks = context.ranks
-    mine = np.arange(len(split))[sampling.rank_slice(len(split), ranks.rank, ranks.world_size)]
-    # One pass: each rank decodes its own part only.
-    images = stream_images(split, seen, ranks.device, context.workers)
-    plans = [(mine[i : i + batch], None) for i in range(0, len(mine), batch)]
-    found = np.zeros((2, len(split.classes)), np.int64)
-    shown = images.stream(plans, ViewSpec(seen.resolution))
-    for (indices, _), x in zip(plans, shown, strict=True):
-        signals.check()
-        predicted = frozen.forward(model, normalize(x), ranks).argmax(1).cpu().numpy()
-        labels = split.labels[indices]
-        np.add.at(found[0], labels, 1)
-        np.add.at(found[1], labels[predicted == labels], 1)
-    return np.sum(ranks.gather(found), axis=0)
-
-
-def _judge(model, split: ShardSplit, settings: Given, normalize, context: Context) -> dict:
-    """Accuracy on the validation images, where the set has some, in per cent: of all, and the mean
-    and the spread over classes."""
-    if "val" not in split.manifest["splits"]:
-        return {}
-    held = ShardSplit(context.input("shard"), "val")
-    images, right = hits(model, held, settings.images, normalize, context)
-    each = 100 * right[images > 0] / images[images > 0]
-    found = {
-        "val_top1": 100 * right.sum() / images.sum(),
-        "val_balanced": each.mean(),
-        "val_class_std": each.std(),
-    }
-    found = {name: round(float(value), 2) for name, value in found.items()}
-    context.say(
-        f"{settings.role}: {found['val_balanced']:.1f} % of the validation images, "
-        f"spread over classes {found['val_class_std']:.1f}"
-    )
-    return found
 
 
 class _Heads(nn.Module):

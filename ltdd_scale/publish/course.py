@@ -20,6 +20,7 @@ PARTS = {
     "shard": "real images",
     "zca": "real images",
     "experts": "experts",
+    "brought": "experts",
     "trajectory": "experts",
     "classifier": "experts",
     "relabel": "labels",

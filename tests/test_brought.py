@@ -1,0 +1,228 @@
+"""Experts with weights from elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from conftest import cli, said_plainly
+
+from ltdd_scale.config.root import Config, check
+from ltdd_scale.errors import UserError
+from ltdd_scale.experts import layouts
+from ltdd_scale.models import frozen, registry, safe
+
+DIGITS = """
+data: {source: digits, resolution: 8, mirror: false, max_per_class: 60, imbalance_factor: 6, test_per_class: 10, val_per_class: 20}
+teacher: {net: convnet3, norm: batch, width: 16, epochs: 12, batch_size: 16, lr: 3e-3, crop_padding: 1}
+choose: {how: never}
+"""
+NET = ("convnet3", 16, "batch", 8)
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+    """A folder with a config, and a teacher that was trained by it."""
+    folder = tmp_path_factory.mktemp("brought")
+    (folder / "digits.yaml").write_text(DIGITS)
+    assert train(folder, "trained", [], 1).returncode == 0
+    return folder
+
+
+def train(folder: Path, name: str, sets: list[str], nproc: int = 1):
+    more = ["--set", *sets] if sets else []
+    where = ("--out", folder / name, "--store", folder / "store", "--nproc", nproc)
+    return cli("train", "teacher", folder / "digits.yaml", *where, *more)
+
+
+def made(folder: Path, name: str) -> Path:
+    """The folder of a run's teacher."""
+    return (
+        folder / "store" / json.loads((folder / name / "run.json").read_text())["stages"]["teacher"]
+    )
+
+
+def facts(folder: Path, name: str) -> dict:
+    return json.loads((made(folder, name) / "stage.json").read_text())["facts"]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained teacher as others would save it: backbone, and the head that is used."""
+    _, weights = frozen.read(made(folder, "trained") / "weights.pt")
+    return {
+        name.removeprefix("backbone.").replace("fc_cb", "classifier"): value
+        for name, value in weights.items()
+        if not name.startswith("fc.")
+    }
+
+
+def test_our_own_file_is_the_same_expert(at):
+    place = made(at, "trained") / "weights.pt"
+    done = train(at, "own", [f"teacher.weights={place}"])
+    assert done.returncode == 0, done.stderr
+    assert "teacher: weights found by name, under 'model.backbone.'" in done.stderr
+    assert "nothing is trained: teacher.epochs, teacher.crop_padding" in done.stderr
+    trained, found = facts(at, "trained"), facts(at, "own")
+    assert found["val_balanced"] == trained["val_balanced"] > 50
+    assert found["train_balanced"] > 50 and "steps" not in found
+
+
+def test_a_file_counts_by_what_it_holds(at):
+    value = tensors(at)
+    torch.save({"state_dict": {f"module.{n}": t for n, t in value.items()}}, at / "one.pth")
+    assert train(at, "one", [f"teacher.weights={at / 'one.pth'}"]).returncode == 0
+    (at / "one.pth").rename(at / "two.pth")
+    again = train(at, "two", [f"teacher.weights={at / 'two.pth'}"])
+    assert "weights found" not in again.stderr and made(at, "one") == made(at, "two")
+    layouts.digest.cache_clear()  # of a process that is over
+    value["classifier.bias"] = value["classifier.bias"] + 1
+    torch.save(value, at / "two.pth")
+    assert train(at, "three", [f"teacher.weights={at / 'two.pth'}"]).returncode == 0
+    assert made(at, "three") != made(at, "one")
+    assert facts(at, "three")["val_balanced"] == facts(at, "one")["val_balanced"]
+
+
+def test_a_head_of_its_own_is_debiased_and_the_same_on_two_ranks(at):
+    value = {n: t for n, t in tensors(at).items() if not n.startswith("classifier")}
+    safetensors.torch.save_file(value, at / "backbone.safetensors")
+    bring = [f"teacher.weights={at / 'backbone.safetensors'}"]
+    done = train(at, "headless", bring)
+    said_plainly(done, "has no last layer for these features", "set teacher.head_epochs=20")
+    assert train(at, "head", [*bring, "teacher.head_epochs=40"]).returncode == 0
+    assert facts(at, "head")["val_balanced"] > 50
+    assert not list(made(at, "head").glob("features-*"))
+    first = (made(at, "head") / "weights.pt").read_bytes()
+    other = ("--store", at / "other", "--nproc", 2)
+    sets = ("--set", *bring, "teacher.head_epochs=40")
+    done = cli("train", "teacher", at / "digits.yaml", "--out", at / "head2", *other, *sets)
+    assert done.returncode == 0, done.stderr
+    (second,) = (at / "other").glob("brought/*/weights.pt")
+    assert second.read_bytes() == first
+    plain = train(at, "biased", [*bring, "teacher.head_epochs=40", "teacher.prior=0"])
+    assert plain.returncode == 0
+    assert (made(at, "biased") / "weights.pt").read_bytes() != first
+
+
+def test_a_head_that_knows_other_classes_is_refused(at):
+    value = tensors(at)
+    for name in ("classifier.weight", "classifier.bias"):
+        value[name] = value[name].roll(3, 0)
+    torch.save(value, at / "rolled.pth")
+    done = train(at, "rolled", [f"teacher.weights={at / 'rolled.pth'}"])
+    said_plainly(done, "chance is 10.0 %", "in another order", "teacher.head_epochs=20")
+    value["classifier.weight"] = value["classifier.weight"][:7]
+    torch.save(value, at / "few.pth")
+    done = train(at, "few", [f"teacher.weights={at / 'few.pth'}"])
+    said_plainly(done, "has 7 classes, the set 10 classes")
+
+
+class Elsewhere:
+    """What only its own code can read."""
+
+
+def test_what_cannot_be_used_is_said_before_anything_starts(at):
+    torch.save({"model": tensors(at), "args": Elsewhere()}, at / "code.pth")
+    (at / "text.pth").write_text("no weights")
+    torch.save([1, 2], at / "list.pth")
+    (at / "text.safetensors").write_text("no weights")
+    for sets, words in (
+        ([f"teacher.weights={at / 'code.pth'}"], ["run code", "save its state dict alone"]),
+        ([f"teacher.weights={at / 'text.pth'}"], ["text.pth"]),
+        ([f"teacher.weights={at / 'list.pth'}"], ["holds no tensors"]),
+        ([f"teacher.weights={at / 'text.safetensors'}"], ["no safetensors file"]),
+        ([f"teacher.weights={at / 'none.pth'}"], ["teacher.weights: cannot read"]),
+        (["teacher.weights=torchvision:V1", "teacher.net=resnet18"], ["it has IMAGENET1K_V1"]),
+        (["teacher.weights=torchvision:V1"], ["no weights 'V1' of convnet3: none"]),
+        (["teacher.head_epochs=3"], ["teacher.head_epochs goes with teacher.weights"]),
+    ):
+        done = train(at, "refused", sets)
+        said_plainly(done, *words)
+        assert "teacher …" not in done.stderr
+
+
+def test_torchvisions_weights_come_from_its_cache(at, monkeypatch):
+    """A file of random weights under the name that torchvision looks for."""
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    cache = at / "torch/hub/checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(at / "torch"))
+    net = registry.seeded(torchvision.models.resnet18, "test")
+    torch.save(net.state_dict(), cache / Path(entry.url).name)
+    bring = ["teacher.net=resnet18", "teacher.weights=torchvision:IMAGENET1K_V1"]
+    bring += ["data.resolution=32"]
+    said_plainly(train(at, "tv0", bring), "has 1000 classes, the set 10 classes")
+    done = train(at, "tv", [*bring, "teacher.head_epochs=5"])
+    assert done.returncode == 0, done.stderr
+    _, weights = frozen.read(made(at, "tv") / "weights.pt")
+    assert torch.equal(weights["backbone.conv1.weight"], net.conv1.weight.detach())
+    assert facts(at, "tv")["val_balanced"] > 15, "features of random weights still tell something"
+
+
+def groups(value) -> dict[str, layouts.Group]:
+    return dict(layouts._groups(value, ""))
+
+
+def test_layouts_of_public_experts():
+    model = registry.Student(registry.backbone("resnet32", 0, "", 32), 7)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith("backbone.")}
+    plain = {n.removeprefix("backbone."): t for n, t in state.items()}
+    head = model.fc.weight.detach()
+    # LDAM-DRW, GLMC: names of their own, in the order of construction
+    named = ((f"module.layer{k}.{n.rpartition('.')[2]}", n) for k, n in enumerate(plain))
+    renamed = {theirs: plain[ours] for theirs, ours in named}
+    ldam = {"epoch": 200, "state_dict": {**renamed, "module.linear.weight": head}}
+    # OLTR, Decoupling: a module each
+    oltr = {
+        "state_dict_best": {
+            "feat_model": {f"module.{n}": t for n, t in plain.items()},
+            "classifier": {"module.fc.weight": head, "module.fc.bias": model.fc.bias.detach()},
+        }
+    }
+    # MoCo's kind: an encoder beside a projector, whose layers are no classifiers
+    moco = {"state_dict": {f"encoder_q.{n}": t for n, t in plain.items()}}
+    moco["state_dict"]["encoder_q.mlp.weight"] = torch.zeros(5, 9)
+    # Two heads: the rebalanced one counts
+    glmc = {**plain, "fc.weight": head * 0, "fc_cb.weight": head}
+    for value, how in (
+        (ldam, "by shapes in order, in 'state_dict'"),
+        (oltr, "by name, under 'state_dict_best.feat_model.module.'"),
+        (moco, "by name, under 'state_dict.encoder_q.'"),
+        (glmc, "by name"),
+    ):
+        found = layouts.fit(groups(value), ("resnet32", 0, "", 32))
+        assert found.how == how
+        assert found.backbone.keys() == {n for n in plain if not n.endswith(layouts.COUNTER)}
+        assert all(torch.equal(t, plain[n]) for n, t in found.backbone.items())
+        if value is moco:
+            assert found.head is None
+        else:
+            assert found.head is not None and torch.equal(found.head.weight, head)
+    with pytest.raises(UserError, match=r"not those of resnet32: it has 2 tensors, the network"):
+        layouts.fit({"": dict(list(plain.items())[:2])}, ("resnet32", 0, "", 32))
+
+
+@pytest.mark.parametrize("net", ["resnet50", "densenet121", "vgg11", "convnext_tiny", "vit_b_16"])
+def test_torchvisions_classifiers_fit_by_name(net):
+    with registry.on_meta(net):
+        state = torchvision.models.get_model(net).state_dict()
+    found = layouts.fit({"": state}, (net, 0, "", 224))
+    assert found.how == "by name"
+    assert found.head is not None and len(found.head.weight) == 1000
+
+
+def test_a_set_with_brought_experts_needs_no_others():
+    config = Config(teacher={"weights": "x.pt", "norm": "batch", "recipe": "glmc", "lr": 0.01})
+    assert check(config) == [
+        "without effect beside teacher.weights, nothing is trained: teacher.recipe"
+    ]
+    with pytest.raises(UserError, match=r"observer\.head_epochs goes with observer\.weights"):
+        check(Config(observer={"norm": "batch", "head_epochs": 3}))
+
+
+def test_safetensors_of_ours_are_read(at):
+    made_of, weights = frozen.read(made(at, "trained") / "weights.pt")
+    safe.save(at / "own.safetensors", made_of, weights)
+    found = layouts.fit(layouts.read(str(at / "own.safetensors"), "convnet3"), NET)
+    assert found.how == "by name, under 'backbone.'"
