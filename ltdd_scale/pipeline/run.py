@@ -187,12 +187,12 @@ class _Work:
         quiet = self.how.quiet or not self.ranks.is_main
         how = (self.how.checkpoint_seconds, self.how.workers, quiet, part, self.how.location)
         context = Context(ranks, folder, inputs, node.fingerprint, *how)
-        begin = time.monotonic()
+        begin, before = time.monotonic(), memory.read_mb()
         memory.reset_peak()
         if not ranks.is_main:
             if not ranks.broadcast(None):  # rank 0 has the lock: is the folder complete?
                 self._run(node, context)
-                ranks.gather(memory.peak_mb())
+                ranks.gather((memory.peak_mb(), memory.read_mb() - before))
                 ranks.barrier()  # rank 0 has sealed the folder: what comes next may read it
             return {}
         try:
@@ -202,11 +202,11 @@ class _Work:
                     return saved["facts"]
                 store.unseal(folder)
                 facts = self._run(node, context)
-                peaks = ranks.gather(memory.peak_mb())
+                used = ranks.gather((memory.peak_mb(), memory.read_mb() - before))
                 if part is not None:
                     (folder / store.part_mark(*part)).touch()
                 else:
-                    self._seal(node, ranks, facts, time.monotonic() - begin, peaks)
+                    self._seal(node, ranks, facts, time.monotonic() - begin, used)
                 ranks.barrier()
                 return facts
         except OSError as error:
@@ -224,13 +224,20 @@ class _Work:
             ) from error
 
     def _seal(
-        self, node: Node, ranks: Ranks, facts: dict[str, Any], seconds: float, peaks: list[dict]
+        self,
+        node: Node,
+        ranks: Ranks,
+        facts: dict[str, Any],
+        seconds: float,
+        used: list[tuple[dict[str, int], int]],
     ) -> None:
-        gpu = ranks.device.type == "cuda"
+        """`used`: of each rank its peaks of memory and the MB that it read."""
+        gpu, peaks = ranks.device.type == "cuda", [peak for peak, _ in used]
         how = {
             "facts": facts,
             "seconds": round(seconds, 2),
             "peak_mb": {k: max(p.get(k, 0) for p in peaks) for k in peaks[0]},
+            "read_mb": sum(read for _, read in used),
             "ranks": ranks.world_size,
             "precision": str(ranks.autocast_dtype or torch.float32).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",

@@ -1,4 +1,4 @@
-"""Peak memory of one stage, not of the process's whole life."""
+"""What one stage uses, not the process in its whole life: peak memory, and what it reads."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def peak_mb() -> dict[str, int]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         out["gpu"] = torch.cuda.max_memory_allocated() >> 20
     return out
+
+
+def read_mb() -> int:
+    """MB that this process and its workers, once they are over, have read so far: from files and
+    pipes, whether the disk or its cache gave them. 0 where the kernel does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("rchar:")).split()[1]) >> 20
+    return 0
