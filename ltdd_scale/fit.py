@@ -31,7 +31,8 @@ from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
 from ltdd_scale.settings import parse
 
-LATER = ("soft_loss", "temperature", "order")  # of Training: sets that were given away lack them
+# Of Training: what a set was judged with that was given away before there were these settings.
+BEFORE = {"soft_loss": "mse", "temperature": 1.0, "order": "both"}
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,8 @@ def describe(distilled: Path) -> Description:
     try:
         config = told["config"]
         evaluate = config["evaluate"]
-        # A set from before these settings was judged with what are their defaults now.
-        known = [name for name in Training.model_fields if name in evaluate or name not in LATER]
-        training = {name: evaluate[name] for name in known}
+        judged = {**BEFORE, **evaluate}
+        training = {name: judged[name] for name in Training.model_fields}
         direct = ("classes", "folders", "train_counts", "resolution", "mean", "std")
         return Description(
             **{name: told[name] for name in direct},

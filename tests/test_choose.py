@@ -140,7 +140,7 @@ def test_what_was_chosen_leaves_the_house(tmp_path):
     """A run whose recovery spoils the images: they are not kept, and the tables say both."""
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY.replace("how: never", "how: auto, share: 1, seeds: 2"))
-    sets = ["recover.lr=5", "recover.teacher_ce=0", "recover.iterations=40"]
+    sets = ["recover.lr=5", "recover.teacher_ce=0", "recover.settle=0", "recover.iterations=40"]
     sets += [
         "relabel.labels=hard",
         "evaluate.epochs=40",

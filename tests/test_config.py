@@ -132,9 +132,10 @@ def test_settings_are_frozen():
 
 
 def test_a_section_keeps_its_own_defaults(tmp_path):
-    """The observer's norm is batch, whatever else of it is set."""
-    c = load.load(write(tmp_path, "observer: {epochs: 3}\n"))
-    assert (c.observer.norm, c.teacher.norm, c.observer.epochs) == ("batch", "instance", 3)
+    """Experts have BatchNorm and students have not, whatever else is set."""
+    c = load.load(write(tmp_path, "observer: {epochs: 3}\nevaluate: {epochs: 7}\n"))
+    assert (c.observer.norm, c.teacher.norm, c.evaluate.norm) == ("batch", "batch", "instance")
+    assert (c.observer.epochs, c.evaluate.epochs) == (3, 7)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,9 @@ def test_a_section_keeps_its_own_defaults(tmp_path):
     [
         ("relabel: {labels: hard, class_share: 0.1}", "relabel.class_share"),
         ("relabel: {labels: hard, views: 2}", "relabel.views"),
-        ("{relabel: {labels: hard}, evaluate: {soft_loss: kl}}", "evaluate.soft_loss"),
+        ("{relabel: {labels: hard}, evaluate: {soft_loss: mse}}", "evaluate.soft_loss"),
         ("{relabel: {labels: hard}, evaluate: {order: soft_hard_soft}}", "evaluate.order"),
-        ("evaluate: {temperature: 4}", "evaluate.temperature"),
+        ("evaluate: {soft_loss: mse, temperature: 4}", "evaluate.temperature"),
         ("evaluate: {order: soft_hard_soft, kappa_ce: 1}", "evaluate.kappa_ce"),
     ],
 )
@@ -159,8 +160,8 @@ def test_soft_labels_settings_without_effect_are_said(tmp_path, text, key):
         "relabel: {labels: single, class_share: 0.1, views: 4}",
         "relabel: {labels: online, class_share: 0.1, views: 4}",  # single ones are beside them
         "{relabel: {labels: hard, views: 2, class_share: 0.1}, evaluate: {matrix: true}}",
-        "evaluate: {soft_loss: kl, temperature: 4, order: soft_hard_soft}",
-        "{relabel: {labels: hard}, evaluate: {matrix: true, soft_loss: kl}}",
+        "evaluate: {temperature: 4, order: soft_hard_soft}",
+        "{relabel: {labels: hard}, evaluate: {matrix: true, soft_loss: mse}}",
     ],
 )
 def test_soft_labels_settings_with_effect_are_not(tmp_path, text):

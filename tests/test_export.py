@@ -227,8 +227,8 @@ def test_the_ten_lines_are_what_fit_learns_from(sets, kind, tmp_path, same_threa
     classes, soft = setup.labels.targets(0, drawn, np.arange(n), None, ALONE)
     p = classes if soft is None else soft.softmax(1)
     assert np.allclose(found["p"], p.numpy(), atol=1e-6)
-    kappas = (told.training.kappa_ce, told.training.kappa_mse)
-    loss = training.student_loss(torch.from_numpy(found["student"]), classes, soft, *kappas)
+    student = torch.from_numpy(found["student"])
+    loss = training.epoch_loss(student, classes, soft, told.training, "both")
     assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -301,6 +301,7 @@ def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
 
 def test_a_card_of_an_older_set_tells_of_the_squared_error(sets):
     opened = Opened(sets["single"])
+    opened.told["config"]["evaluate"]["soft_loss"] = "mse"
     before = published.card(opened, None)
     for section, names in (
         ("evaluate", ("soft_loss", "temperature", "order")),

@@ -190,9 +190,8 @@ def test_a_stage_cannot_read_what_is_not_hashed(tmp_path):
 
 def test_labels_that_need_no_teacher_train_none(tmp_path):
     """With hard labels only the method itself may ask for experts."""
-    found = nodes(
-        tmp_path, "relabel.labels=hard", "initialize.select=random", "recover.teacher_ce=0"
-    )
+    without = ("initialize.select=random", "recover.teacher_ce=0", "recover.settle=0")
+    found = nodes(tmp_path, "relabel.labels=hard", *without)
     assert "teacher" not in found and "observer" in found
     found = nodes(tmp_path, "relabel.labels=hard")
     assert "teacher" in found

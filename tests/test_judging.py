@@ -13,7 +13,7 @@ from ltdd_scale.data import distilled, sharding, sources
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Expert
+from ltdd_scale.experts.settings import Role
 from ltdd_scale.judging import cost, single_stage, student, training, verdict
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
@@ -122,7 +122,8 @@ def test_soft_then_hard_then_soft():
 def test_the_loss_of_an_epoch_is_that_of_what_it_learns_from():
     torch.manual_seed(0)
     s, t, y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
-    onehot, asked = F.one_hot(y, 3).float(), Training(kappa_ce=0.5, kappa_mse=2.0)
+    onehot = F.one_hot(y, 3).float()
+    asked = Training(kappa_ce=0.5, kappa_mse=2.0, soft_loss="mse")
     ce, mse = F.cross_entropy(s, y), ((s - t) ** 2).mean()
     for source, expected in (("both", 0.5 * ce + 2 * mse), ("soft", 2 * mse), ("hard", ce)):
         assert torch.allclose(training.epoch_loss(s, onehot, t, asked, source), expected)
@@ -400,6 +401,7 @@ def test_the_order_decides_which_labels_an_epoch_sees(house, tmp_path):
 
     def losses(which, kappa_ce=0.025, epochs=4):
         order = {"order": "soft_hard_soft", "batch_size": 20, "kappa_ce": kappa_ce}
+        order["soft_loss"] = "mse"  # of equal logits it sees the value, a softmax does not
         config = with_labels("single", epochs=epochs, **order)
         out = tmp_path / f"{which} {kappa_ce} {epochs}"
         *_, result = run_student(config, "distilled", house, out, labels=labels[which])
@@ -455,7 +457,7 @@ def test_a_diverged_student_is_an_error(house, tmp_path):
 )
 def test_verdict(plain, recipe, house, tmp_path, capsys):
     config = config_of(plain=plain, plain_epochs=1, epochs=1, matrix=plain == "own", seeds=2)
-    config = config.model_copy(update={"teacher": Expert(recipe=recipe)})
+    config = config.model_copy(update={"teacher": Role(recipe=recipe)})
     found = single_stage.stages(config, ROLES)
     folders = {name: house / name for name in ("shard", "teacher")}
     for unit in found[:-1]:
@@ -651,10 +653,11 @@ def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
         fit.run(folder, None, 0, 0, None, None)
     told = files.read_json(folder / "set.json")
     was = fit.describe(folder).training
-    for name in fit.LATER:  # a set from before there were these
+    for name in fit.BEFORE:  # a set from before there were these
         del told["config"]["evaluate"][name]
     files.write_json(folder / "set.json", told)
-    assert fit.describe(folder).training == was == Training(batch_size=8)
+    assert was == Training(batch_size=8)
+    assert fit.describe(folder).training == Training(batch_size=8, soft_loss="mse")
     del told["config"]["evaluate"]["width"]
     files.write_json(folder / "set.json", told)
     with pytest.raises(UserError, match="width"):

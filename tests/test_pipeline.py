@@ -109,7 +109,6 @@ WAYS = [
         "relabel.labels=hard",
         "recover.iterations=0",
         "initialize.select=random",
-        "recover.teacher_ce=0",
         "evaluate.nets=[convnet3,resnet32]",
         "data.memory_gb=0",
         "runtime.workers=1",

@@ -312,9 +312,8 @@ def test_what_the_set_of_a_point_took(finished, tmp_path):
         assert took[part].peak_mb == max(r["peak_mb"]["cpu"] for r in records) > 0
         assert took[part].devices == (records[0]["device"],)
     # With labels of the teacher, but a method that does not read it, the teacher is not its cost.
-    other = campaign_of(
-        run, config, "initialize.select=random", "recover.teacher_ce=0", "recover.ce=1"
-    )
+    without = ("recover.teacher_ce=0", "recover.settle=0", "recover.ce=1")
+    other = campaign_of(run, config, "initialize.select=random", *without)
     assert "teacher" in other.points[0].nodes
     left = parts.spent(other.points[0], one.store)
     observer = files.read_json(folder_of(run, "observer") / "stage.json")

@@ -28,7 +28,7 @@ class _Common(Settings):
     ipc: Whole = option(10, "images per class of the distilled set", low=1)
     seed: Whole = option(0, "seed of everything but the split", low=0)
     data: Data = Data()
-    observer: Role = Role(norm="batch")
+    observer: Role = Role()
     teacher: Role = Role()
     train: Train = Train()
     trajectories: Trajectories = Trajectories()

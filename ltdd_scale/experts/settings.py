@@ -25,7 +25,7 @@ class Expert(Settings):
     )
     width: Whole = option(128, "channels of a ConvNet", low=1)
     norm: Literal["instance", "batch"] = option(
-        "instance", "normalisation of a ConvNet or vgg11_cifar; other networks have their own"
+        "batch", "normalisation of a ConvNet or vgg11_cifar; other networks have their own"
     )
     epochs: Whole = option(200, "passes over the uniform stream", low=1)
     batch_size: Whole = option(32, "global batch: the same on any number of ranks", low=2)

@@ -30,9 +30,9 @@ class Training(Views):
         1.0, "κ2, weight of the soft term (soft_loss), whichever it is", low=0
     )
     soft_loss: Literal["mse", "kl"] = option(
-        "mse",
-        "the soft term; mse: squared error to the logits of the soft label; "
-        "kl: T² · KL(soft label ‖ student), both a softmax at temperature T",
+        "kl",
+        "the soft term; kl: T² · KL(soft label ‖ student), both a softmax at temperature T; "
+        "mse: squared error to the logits of the soft label, as published (EDC)",
     )
     temperature: Number = option(1.0, "kl: T", low=0.01, high=1000)
     order: Literal["both", "soft_hard_soft"] = option(

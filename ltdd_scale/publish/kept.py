@@ -37,7 +37,9 @@ def reason(found: Mapping[str, Any]) -> str:
     said = ", ".join(f"{CALLED[s]} {tried[s]['balanced']:.1f}" for s in order)
     seeds, epochs = tried[which]["num_seeds"], found["epochs"]
     of = f"{seeds} student{'s' * (seeds != 1)} of {epochs} epoch{'s' * (epochs != 1)} each"
-    behind = any(numbers["balanced"] > tried[which]["balanced"] for numbers in tried.values())
+    behind = which == OWN and any(
+        numbers["balanced"] > tried[which]["balanced"] for numbers in tried.values()
+    )
     noise = " What is above the kept ones is so within the noise." if behind else ""
     numbers = f"{said} (balanced accuracy in per cent, {of})"
     return f"By short students on validation images: {numbers}.{noise}"

@@ -72,12 +72,14 @@ def recover(settings: Any, facts: Facts) -> Cost:
     batch = min(own.batch_size, small)
     moments = _moments(settings.observer, seen.resolution, settings.conv_inputs, facts)
     added = _matching(settings, facts) if own.matching else Cost()
-    looks = 0  # at whole images, by the teacher
+    looks, again = 0, 0  # at whole images, by the teacher; by the observer
     if teacher and own.iterations:
+        again = (1 + len(guard.STEPS)) * (own.settle > 0)
         looks = own.weighs_images + (1 + len(guard.checks(own.iterations))) * (own.stop > 0)
     return Cost(
         flops=own.iterations * small * 2 * sum(m.flops for m in nets)
-        + (looks * small * teacher.flops if teacher else 0.0)
+        + ((looks + again) * small * teacher.flops if teacher else 0.0)
+        + again * small * observer.flops
         + added.flops,
         memory=sum(_weights(m, facts) for m in (observer, teacher) if m)
         + 2 * moments

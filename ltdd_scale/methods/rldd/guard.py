@@ -9,6 +9,7 @@ from ltdd_scale.methods.rldd.settings import Recover
 from ltdd_scale.models import frozen
 from ltdd_scale.runtime.ranks import Ranks
 
+STEPS = (1.0, 0.75, 0.5, 0.25)  # of the way from the initial image to the recovered one
 CHECKS = 10  # of a chunk, if it has as many iterations
 
 
@@ -18,6 +19,34 @@ def confidence(teacher: nn.Module, images: Tensor, labels: Tensor, ranks: Ranks)
     float32 [n, 3, R, R], normalised."""
     probabilities = frozen.forward(teacher, images, ranks).softmax(1)
     return probabilities.gather(1, labels[:, None])[:, 0]
+
+
+@torch.no_grad()
+def settled(
+    networks: list[nn.Module],
+    images: Tensor,
+    recovered: Tensor,
+    labels: Tensor,
+    share: float,
+    ranks: Ranks,
+) -> Tensor:
+    """Each image as far from its initial one towards the recovered one as it stays of its class:
+    the farthest of `STEPS` at which every one of `networks` gives the class at least `share` of
+    the probability that it gives the initial image.
+
+    `images` (the initial ones) and `recovered` float32 [n, 3, R, R], normalised; so is what is
+    returned.
+    """
+    least = [share * confidence(net, images, labels, ranks) for net in networks]
+    out, open_ = images.clone(), torch.ones_like(labels, dtype=torch.bool)
+    for step in STEPS:
+        moved = torch.lerp(images, recovered, step)
+        stays = open_.clone()
+        for net, bar in zip(networks, least, strict=True):
+            stays &= confidence(net, moved, labels, ranks) >= bar
+        out = torch.where(stays[:, None, None, None], moved, out)
+        open_ &= ~stays
+    return out
 
 
 class Watch:

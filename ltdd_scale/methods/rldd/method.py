@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=7,
+        version=8,  # 8: chunks of about as many images
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",
@@ -116,6 +116,8 @@ def _check_terms(recover: Recover) -> list[str]:
         )
     if recover.guard != usual.guard and not recover.teacher_ce:
         warnings.append("recover.guard has no effect with recover.teacher_ce=0")
+    if not recover.iterations and recover.settle != usual.settle:
+        warnings.append("recover.settle has no effect with recover.iterations=0")
     if recover.stop == 1:
         warnings.append("recover.stop=1 never stops a chunk: 0 says so, and asks the teacher less")
     if not recover.matching:

@@ -86,6 +86,14 @@ class Objective:
         sure = guard.confidence(self.teacher, batch.images, batch.labels, self.ranks)
         return (1 - sure).square() if self.settings.guard == "unsure" else sure
 
+    def settled(self, batch: Batch, x: Tensor) -> Tensor:
+        """The recovered images `x`, as far as they stay of their class."""
+        if self.teacher is None or not self.settings.settle:
+            return x
+        networks = [self.teacher, self.observer]
+        shown = (networks, batch.images, x, batch.labels, self.settings.settle, self.ranks)
+        return guard.settled(*shown)
+
     def watch(self, batch: Batch) -> Watch | None:
         """What stops the chunk, where the settings want that."""
         if self.teacher is None or not self.settings.stop:
@@ -366,6 +374,7 @@ def _recovered(
     watch = material.objective.watch(batch)
     with material.alignment(chunk) as alignment:
         x = recover_chunk(material.objective, batch, alignment, tick, resume, watch)
+    x = material.objective.settled(batch, x)
     stopped = None if watch is None else watch.stopped
     return distilled.to_uint8(x * material.std + material.mean), stopped
 

@@ -104,13 +104,13 @@ class Recover(Settings):
     betas: list[Number] = option([0.5, 0.9], "Adam betas")
     ce: Number = option(0.0, "weight of the observer's cross-entropy", low=0)
     teacher_ce: Number = option(
-        10.0,
+        1.0,
         "weight of the teacher's cross-entropy: it keeps images what the teacher, who labels "
         "them, takes for their class",
         low=0,
     )
     guard: Literal["unsure", "sure", "all"] = option(
-        "unsure",
+        "all",
         "which images the teacher's cross-entropy moves, by the probability p of its class that "
         "the teacher gives the initial image; unsure: weight (1 - p)², what it knows stays as "
         "it is; sure: weight p, what it is unsure of it does not guard; all: the same weight",
@@ -120,6 +120,14 @@ class Recover(Settings):
         "stop a chunk when the share of its images that the teacher takes for their class falls "
         "by more than this below that of the initial ones, and keep the images of the check "
         "before; there are ten checks; 0: never",
+        low=0,
+        high=1,
+    )
+    settle: Number = option(
+        0.9,
+        "in the end each image goes back towards its initial one, in quarters of the way, until "
+        "the teacher and the observer each give its class at least this share of the probability "
+        "that they gave the initial one; 0: it stays",
         low=0,
         high=1,
     )
@@ -159,7 +167,7 @@ class Recover(Settings):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.teacher_ce > 0 or self.stop > 0
+        return self.iterations > 0 and max(self.teacher_ce, self.stop, self.settle) > 0
 
     @property
     def weighs_images(self) -> bool:
