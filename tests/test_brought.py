@@ -13,6 +13,7 @@ from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import layouts
 from ltdd_scale.models import frozen, registry, safe
+from ltdd_scale.publish import set as published
 
 DIGITS = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 60, imbalance_factor: 6, test_per_class: 10, val_per_class: 20}
@@ -69,13 +70,15 @@ def test_our_own_file_is_the_same_expert(at):
     assert found["train_balanced"] > 50 and "steps" not in found
 
 
-def test_a_file_counts_by_what_it_holds(at):
+def test_a_file_counts_by_what_it_holds(at, monkeypatch):
     value = tensors(at)
     torch.save({"state_dict": {f"module.{n}": t for n, t in value.items()}}, at / "one.pth")
     assert train(at, "one", [f"teacher.weights={at / 'one.pth'}"]).returncode == 0
     (at / "one.pth").rename(at / "two.pth")
-    again = train(at, "two", [f"teacher.weights={at / 'two.pth'}"])
+    monkeypatch.chdir(at)
+    again = train(at, "two", ["teacher.weights=two.pth"])
     assert "weights found" not in again.stderr and made(at, "one") == made(at, "two")
+    assert f"weights: {at / 'two.pth'}" in (at / "two" / "config.yaml").read_text()
     layouts.digest.cache_clear()  # of a process that is over
     value["classifier.bias"] = value["classifier.bias"] + 1
     torch.save(value, at / "two.pth")
@@ -219,6 +222,11 @@ def test_a_set_with_brought_experts_needs_no_others():
     ]
     with pytest.raises(UserError, match=r"observer\.head_epochs goes with observer\.weights"):
         check(Config(observer={"norm": "batch", "head_epochs": 3}))
+
+
+def test_a_set_that_is_given_away_names_the_file_and_no_path():
+    told = published._elsewhere(Config(teacher={"weights": "/home/me/expert.pth"}).model_dump())
+    assert told["teacher"]["weights"] == "expert.pth" and told["observer"]["weights"] == ""
 
 
 def test_safetensors_of_ours_are_read(at):

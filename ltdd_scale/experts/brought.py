@@ -24,7 +24,7 @@ from ltdd_scale.experts import accuracy, layouts
 from ltdd_scale.experts.layouts import Head
 from ltdd_scale.experts.losses import soft_cross_entropy
 from ltdd_scale.experts.recipes import prior
-from ltdd_scale.experts.settings import Architecture
+from ltdd_scale.experts.settings import TORCHVISION, Architecture
 from ltdd_scale.experts.settings import Head as HeadSettings
 from ltdd_scale.models import flops, frozen, registry
 from ltdd_scale.runtime import files, signals
@@ -46,8 +46,8 @@ def check(settings: Given) -> None:
             f"observer.net={made_of[0]} has no BatchNorm layer to align: use another net"
         )
     place = settings.weights.place
-    if place.startswith(layouts.TORCHVISION):  # read, and so downloaded, by the stage
-        layouts.published(place.removeprefix(layouts.TORCHVISION), made_of[0])
+    if place.startswith(TORCHVISION):  # read, and so downloaded, by the stage
+        layouts.published(place.removeprefix(TORCHVISION), made_of[0])
     else:
         _fit(settings)
 

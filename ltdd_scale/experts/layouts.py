@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import TORCHVISION
 from ltdd_scale.models import registry, safe
 
-TORCHVISION = "torchvision:"
 COUNTER = "num_batches_tracked"  # of BatchNorm: nothing here reads it
 FIRST = "fc_cb"  # of two heads the rebalanced one (GLMC)
 

@@ -66,6 +66,9 @@ class Expert(Settings):
     magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
 
 
+TORCHVISION = "torchvision:"  # begins the name of weights that torchvision gives
+
+
 class Brought(Settings):
     """An expert that is not trained here. Not hashed: a file counts by what it holds."""
 

@@ -8,7 +8,15 @@ from typing import Any
 
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Architecture, Engine, Expert, Head, Train, Weights
+from ltdd_scale.experts.settings import (
+    TORCHVISION,
+    Architecture,
+    Engine,
+    Expert,
+    Head,
+    Train,
+    Weights,
+)
 from ltdd_scale.stage import Resources, Section, Stage, places
 
 ROLES = ("observer", "teacher")
@@ -52,7 +60,7 @@ def _brought(role: str, config: Any) -> Stage:
     except OSError as error:
         raise UserError(
             f"{role}.weights: cannot read {place}: {error.strerror}; it must be a file, or "
-            f"{layouts.TORCHVISION}NAME"
+            f"{TORCHVISION}NAME"
         ) from None
     own = {"head": Section(role, Head)} if getattr(config, role).head_epochs else {}
     return Stage(

@@ -14,6 +14,8 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import backend, digest, shards, sources
 from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import TORCHVISION
+from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.launch.guard import guarded
 from ltdd_scale.pipeline import graph
@@ -33,6 +35,19 @@ class Resolved:
     source: str
     asked: str  # hash of the config as it was asked for
     absent: bool = False  # the images are not here: `source` is a stand-in, nothing can run
+
+
+def _absolute(config: Any) -> dict[str, str]:
+    """The files that the config names, by absolute paths: jobs and 'status' may read them from
+    elsewhere."""
+    out = {}
+    if config.train.engine == "deepspeed":
+        out["train.deepspeed"] = str(Path(config.train.deepspeed).absolute())
+    for role in ROLES:
+        weights = getattr(config, role).weights
+        if weights and not weights.startswith(TORCHVISION):
+            out[f"{role}.weights"] = str(Path(weights).absolute())
+    return out
 
 
 def resolve(
@@ -57,9 +72,7 @@ def resolve(
     known = files.read_json(record) if record.exists() else {}
     asked = hashlib.sha256(load.to_yaml(config).encode()).hexdigest()[:16]
     same = known.get("asked") == asked
-    if config.train.engine == "deepspeed":  # jobs and 'status' may read it from elsewhere
-        path = str(Path(config.train.deepspeed).absolute())
-        config = load.changed(config, {"train.deepspeed": path})
+    config = load.changed(config, _absolute(config))
     choices = dict(known.get("resolved", {}))
     if config.data.loader == "auto":
         choices.setdefault("data.loader", backend.resolve_loader(config.data))

@@ -173,7 +173,12 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in Location.model_fields:
         if name in data:
             data[name] = "" if name == "path" else Path(data[name]).name
-    return {**config, "data": data}
+    experts = {
+        role: {**config[role], "weights": Path(config[role]["weights"]).name}
+        for role in ("observer", "teacher")
+        if config.get(role, {}).get("weights")
+    }
+    return {**config, **experts, "data": data}
 
 
 def _finish(
