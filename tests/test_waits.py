@@ -283,6 +283,7 @@ def test_a_chunk_of_recovered_images(changes):
         batch = material.batch(chunk, pixels(CLASSES))
         with material.alignment(chunk) as alignment:
             images = recover.recover_chunk(material.objective, batch, alignment)
+        images = material.objective.settled(batch, images)
     assert watching.kernels > 200 and images.device == GPU
 
 
