@@ -7,7 +7,7 @@
 
 1,000 classes in ImageNet-LT's counts and list format (115,846 training, 20,000 validation and 50,000 test lines). The images are noise of a colour that is their class's, or
 taken from a folder over and over; each is one file with many names, so the disk holds few. Nets are tiny and epochs few unless --set says otherwise. The same command goes
-on after an interruption. The table comes from what the stages write down; it is printed and written to OUT/rehearsal.md.
+on after an interruption. The table comes from what the stages write down; it is printed and written to OUT/ipc50.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def pool(folder: Path, images: Path | None, classes: int, stored: int) -> list[l
         colour = generator.integers(64, 192, 3)
         of_class = []
         for k in range(FILES):
-            path = folder / f"{c:04d}-{k}.jpg"
+            path = folder / f"{c:04d}-{k}-{stored}.jpg"
             if not path.exists():
                 noise = generator.normal(0, 32, (stored, stored, 3))
                 pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
@@ -87,9 +88,12 @@ def write_set(
     folder: Path, numbers: list[int], files: list[list[Path]], held: dict[str, int]
 ) -> None:
     """The tree of names, and its lists."""
-    done, wanted = folder / "made.json", {"counts": numbers, "held": held}
+    done = folder / "made.json"
+    wanted = {"counts": numbers, "held": held, "files": [str(f) for f in files[0]]}
     if done.exists() and json.loads(done.read_text()) == wanted:
         return
+    if done.exists():  # of other images
+        shutil.rmtree(folder)
     for split in ("train", *held):
         lines = []
         for c, of_class in enumerate(files):

@@ -78,12 +78,9 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     context.say(f"{role}: weights found {fitted.how}")
     model = registry.Student(registry.backbone(*_made_of(settings)), num_classes)
     model.backbone.load_state_dict(fitted.backbone, strict=False)  # counters may be missing
-    own = "head" in settings
-    if not own:
-        _take(model.fc, _known(settings, fitted.head, num_classes))
     model = ranks.to_device(model).eval().requires_grad_(False)
     found = {}
-    if own:
+    if "head" in settings:
         _describe(model.backbone, split, normalize, settings, context)
         if ranks.is_main:
             features = _Features(context.out)
@@ -92,6 +89,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
                 path.unlink()
         _share(model.fc, ranks)
     else:
+        _take(model.fc, _known(settings, fitted.head, num_classes))
         found = _checked(settings, model, split, normalize, context)
     if ranks.is_main:
         made_of = frozen.recipe(*_made_of(settings), num_classes)

@@ -70,7 +70,7 @@ TORCHVISION = "torchvision:"  # begins the name of weights that torchvision give
 
 
 class Brought(Settings):
-    """An expert that is not trained here. Not hashed: a file counts by what it holds."""
+    """An expert that is not trained here."""
 
     weights: Text = option(
         "",

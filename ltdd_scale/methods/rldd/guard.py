@@ -9,7 +9,7 @@ from ltdd_scale.methods.rldd.settings import Recover
 from ltdd_scale.models import frozen
 from ltdd_scale.runtime.ranks import Ranks
 
-STEPS = (1.0, 0.75, 0.5, 0.25)  # of the way from the initial image to the recovered one
+STEPS = (0.25, 0.5, 0.75, 1.0)  # of the way from the initial image to the recovered one
 CHECKS = 10  # of a chunk, if it has as many iterations
 
 
@@ -38,14 +38,13 @@ def settled(
     returned.
     """
     least = [share * confidence(net, images, labels, ranks) for net in networks]
-    out, open_ = images.clone(), torch.ones_like(labels, dtype=torch.bool)
+    out = images
     for step in STEPS:
         moved = torch.lerp(images, recovered, step)
-        stays = open_.clone()
+        stays = torch.ones_like(labels, dtype=torch.bool)
         for net, bar in zip(networks, least, strict=True):
             stays &= confidence(net, moved, labels, ranks) >= bar
-        out = torch.where(stays[:, None, None, None], moved, out)
-        open_ &= ~stays
+        out = torch.where(stays[:, None, None, None], moved, out)  # the farthest comes last
     return out
 
 
