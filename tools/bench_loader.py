@@ -3,8 +3,8 @@ ImageFolder with torchvision, and the limits.
 
     python tools/bench_loader.py /path/to/jpegs [--images 115846] [--cores 2]
 
-All give RandomResizedCrop(224) and mirror images in [0, 1], batches of 64, on the same cores in one
-run, in turns. The set is made by repeating the given images: as tars for the tars' readers, as
+All give RandomResizedCrop(224) and mirror images in [0, 1], batches of 64 images, on the same cores
+in one run, in turns. The set is made by repeating the given images: as tars for the tars' readers, as
 links in folders for ImageFolder. Each candidate runs in a process of its own, so that memory is its
 own too.
 """
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +76,25 @@ def ours(folder: Path, loader: str, cores: int, start: float = 0.0):
     images, spec = stream_images(split, seen, CPU, cores), ViewSpec(SIDE, (0.08, 1.0))
     course = Course(images, spec, "bench", BATCH, ONE, Ranks(0, 1, CPU, None))
     return images.stream(EpochPlans(course, 0, int(start * course.steps)), spec)
+
+
+def several(folder: Path, loader: str, cores: int, views: int, once: bool):
+    """`views` crops of each image, in batches of crops. Not `once`: each is decoded by itself."""
+    split = ShardSplit(folder / "shards", "train")
+    seen = Seen(resolution=SIDE, loader=loader, memory_gb=0)
+    images, spec = stream_images(split, seen, CPU, cores), ViewSpec(SIDE, (0.08, 1.0))
+    order = np.random.default_rng(0).permutation(len(split))
+    drawn = np.random.default_rng(1)
+
+    def plans():
+        for i in range(0, len(order) - BATCH, BATCH):
+            part = np.repeat(order[i : i + BATCH], views)
+            chosen = spec.draw(drawn, split.sizes[part])
+            for k in range(1 if once else views):
+                own = slice(None) if once else slice(k, None, views)
+                yield part[own], chosen[own]
+
+    return images.stream(plans(), spec)
 
 
 def webdataset_torchvision(folder: Path, workers: int):
@@ -170,6 +188,14 @@ CANDIDATES = {
     "ours, DALI": lambda f, n: ours(f, "dali", n),
     "ours, PyTorch": lambda f, n: ours(f, "torch", n),
     "ours, DALI, resumed at 90 % of an epoch": lambda f, n: ours(f, "dali", n, 0.9),
+    **{
+        f"ours, {name}, {v} views of an image, {how}": lambda f, n, k=kind, v=v, once=once: several(
+            f, k, n, v, once
+        )
+        for name, kind in (("DALI", "dali"), ("PyTorch", "torch"))
+        for v in (2, 5)
+        for how, once in (("decoded for each", False), ("decoded once", True))
+    },
     "DALI's own reader, no Python": dali_reader,
     "limit: decoding whole images (DALI)": decoding,
     "limit: reading": lambda f, n: reading(f),
@@ -201,10 +227,12 @@ def measure(name: str, folder: Path, cores: int, batches: int) -> dict:
     for _ in range(2):
         next(stream)
     begin, done, early = time.perf_counter(), 0, 0.0
-    for k, batch in enumerate(islice(stream, batches)):
+    for batch in stream:
         done += len(batch)
-        if k == batches // 4:
+        if not early and done >= batches * BATCH // 4:
             early = anonymous()  # by now buffers have found their size
+        if done >= batches * BATCH:
+            break
     took = time.perf_counter() - begin
     return {
         "rate": done / took,
@@ -233,6 +261,7 @@ def main() -> None:
         help="batches measured a candidate and round; few would count what workers had ready",
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="candidates whose names hold this text")
     parser.add_argument(
         "--keep", type=Path, help="where the set is made and kept for the next time"
     )
@@ -258,7 +287,9 @@ def main() -> None:
         found: dict[str, list[dict]] = {name: [] for name in CANDIDATES}
         skipped = () if backend.dali_is_installed() else ("DALI",)
         for _ in range(args.rounds):
-            for name in (n for n in CANDIDATES if not any(word in n for word in skipped)):
+            for name in CANDIDATES:
+                if args.only not in name or any(word in name for word in skipped):
+                    continue
                 call = [
                     sys.executable,
                     __file__,
@@ -279,7 +310,7 @@ def main() -> None:
                         ).stdout.splitlines()[-1]
                     )
                 )
-        head = "images/s, median | from – to | first batch, s | memory grew, MB | peak, MB"
+        head = "views/s, median | from – to | first batch, s | memory grew, MB | peak, MB"
         print(f"| | {head} |\n|---|---|---|---|---|---|")
         for name, runs in found.items():
             if runs:

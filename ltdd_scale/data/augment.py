@@ -3,6 +3,7 @@ differentiable, deterministic)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,13 @@ class Views:
 
     def __getitem__(self, which) -> Views:
         return Views(self.windows[which], self.mirrored[which], self.ops[which], self.signs[which])
+
+    @classmethod
+    def woven(cls, copies: Sequence[Views]) -> Views:
+        """Several views of each of n images: the first image's, then the second's, and so on."""
+        n = sum(len(v.windows) for v in copies)
+        drawn = zip(*((v.windows, v.mirrored, v.ops, v.signs) for v in copies), strict=True)
+        return cls(*(np.stack(x, 1).reshape(n, *x[0].shape[1:]) for x in drawn))
 
 
 @dataclass
@@ -50,17 +58,6 @@ class ViewSpec:
         mirrored = rng.random(n) < 0.5 if self.mirror else np.zeros(n, bool)
         ops = rng.integers(0, NUM_OPS, (n, self.randaugment))
         return Views(windows, mirrored, ops, rng.random((n, self.randaugment)) < 0.5)
-
-    def after_crop(self, views: Views) -> Views:
-        """What is left of `views` for a backend that has cut the crop (it leaves shifts alone)."""
-        if self.crop_scale is None:
-            return views
-        return Views(
-            np.tile(np.array([0, 0, 1, 1], np.float32), (len(views.windows), 1)),
-            views.mirrored,
-            views.ops,
-            views.signs,
-        )
 
 
 def _crop_windows(
@@ -106,6 +103,14 @@ def centre_boxes(sizes: np.ndarray) -> np.ndarray:
     """The centre squares of images of `sizes` (width, height), as `pixel_boxes` gives windows."""
     short = sizes.min(1, keepdims=True)
     return np.concatenate([(sizes[:, ::-1] - short) // 2, short, short], 1).astype(np.int32)
+
+
+def hulls(boxes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The smallest box around each run of boxes int32 [n, 4] (top, left, height, width). Runs
+    begin at `starts`, int [m]; returns int32 [m, 4]."""
+    low = np.minimum.reduceat(boxes[:, :2], starts)
+    high = np.maximum.reduceat(boxes[:, :2] + boxes[:, 2:], starts)
+    return np.concatenate([low, high - low], 1)
 
 
 def _resampling(start: torch.Tensor, extent: torch.Tensor, source: int, size: int) -> torch.Tensor:

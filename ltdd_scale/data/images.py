@@ -11,8 +11,19 @@ import torch
 from ltdd_scale.data import augment
 from ltdd_scale.data.augment import Views, ViewSpec
 
-# Indices int [n] of images and their views; no views: the whole image, centred.
+# Indices int [n] of images and their views; no views: the whole image, centred. Views of one image
+# that follow each other are cut from one decoding of it.
 Plan = tuple[np.ndarray, Views | None]
+
+
+def runs(indices: np.ndarray, longest: int = 0) -> np.ndarray:
+    """Where the runs of equal `indices` begin, int [number of runs]. A run of more than `longest`
+    (0: any number) is several."""
+    at = np.arange(len(indices))
+    fresh = np.concatenate([[True], indices[1:] != indices[:-1]])[: len(indices)]
+    if longest:
+        fresh |= (at - np.maximum.accumulate(np.where(fresh, at, 0))) % longest == 0
+    return np.flatnonzero(fresh)
 
 
 class Images(Protocol):
@@ -28,7 +39,7 @@ class Images(Protocol):
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order. Plans may be
-        asked for a few ahead."""
+        asked for a few ahead. An image is decoded once for views of it that follow each other."""
         ...
 
 

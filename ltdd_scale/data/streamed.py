@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ltdd_scale.data import augment
 from ltdd_scale.data.augment import Views, ViewSpec
-from ltdd_scale.data.images import Plan
+from ltdd_scale.data.images import Plan, runs
 from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import signals
@@ -27,7 +27,8 @@ def plan_list(plans: Iterable[Plan]) -> Sequence[Plan]:
 
 
 class _Decoding(Dataset):
-    """Item k is the whole batch of plan k: uint8 [n, 3, R, R], with its plan's views."""
+    """Item k is the whole batch of plan k: uint8 [n, 3, R, R], with its plan's views. Crops are cut
+    and mirrored; whole images are not."""
 
     def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bool):
         self.split, self.plans, self.resolution, self.whole = split, plans, resolution, whole
@@ -44,20 +45,25 @@ class _Decoding(Dataset):
             if views is None or self.whole
             else augment.pixel_boxes(views.windows, self.split.sizes[indices])
         )
-        for j, i in enumerate(indices):
-            image = (
-                square(self.split.image(int(i)), r)
+        starts = runs(indices)
+        for first, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+            i = int(indices[first])
+            shown = (
+                [square(self.split.image(i), r)] * (end - first)
                 if boxes is None
-                else _crop(self.split, int(i), boxes[j], r)
+                else _crops(self.split, i, boxes[first:end], r)
             )
-            out[j] = np.asarray(image).transpose(2, 0, 1)
+            for j, image in enumerate(shown, first):
+                pixels = np.asarray(image).transpose(2, 0, 1)
+                turn = boxes is not None and views is not None and views.mirrored[j]
+                out[j] = pixels[:, :, ::-1] if turn else pixels
         return torch.from_numpy(out), views
 
 
-def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
-    """A box (top, left, height, width in pixels) of image `i` at size × size, decoding no finer
-    than needed."""
-    top, left, h, w = (int(v) for v in box)
+def _crops(split: ShardSplit, i: int, boxes: np.ndarray, size: int) -> Iterator[Image.Image]:
+    """Boxes int [n, 4] (top, left, height, width in pixels) of image `i`, each at size × size: all
+    from one decoding, no finer than the smallest of them needs."""
+    h, w = (int(v) for v in boxes[:, 2:].min(0))
     try:
         image = Image.open(io.BytesIO(split.encoded(i)))
         full = image.size
@@ -66,11 +72,12 @@ def _crop(split: ShardSplit, i: int, box: np.ndarray, size: int) -> Image.Image:
     except Exception as error:
         raise split.undecodable(i, error) from error
     x, y = image.width / full[0], image.height / full[1]
-    return image.resize(
-        (size, size),
-        Image.Resampling.BILINEAR,
-        box=(left * x, top * y, (left + w) * x, (top + h) * y),
-    )
+    for top, left, h, w in boxes.tolist():
+        yield image.resize(
+            (size, size),
+            Image.Resampling.BILINEAR,
+            box=(left * x, top * y, (left + w) * x, (top + h) * y),
+        )
 
 
 def _quiet_worker(_: int) -> None:
@@ -116,13 +123,19 @@ class StreamedImages:
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
+        whole = spec.crop_scale is None
         for images, views in decoded(
             self.split,
             plan_list(plans),
             self.resolution,
-            spec.crop_scale is None,
+            whole,
             self.workers,
             self.device.type == "cuda",
         ):
             images = images.to(self.device, non_blocking=True).float() / 255
-            yield images if views is None else augment.apply(images, spec.after_crop(views), spec)
+            if views is None:
+                yield images
+            elif whole:
+                yield augment.apply(images, views, spec)
+            else:  # cut and mirrored by now
+                yield augment.apply_ops(images, views, spec)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltdd_scale.data import sampling
-from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.augment import Views, ViewSpec
 from ltdd_scale.data.images import Images, Plan
 from ltdd_scale.experts.recipes import Mix, Mixing
 from ltdd_scale.runtime.ranks import Ranks, rng
@@ -45,7 +45,7 @@ class Course:
 
 class EpochPlans(Sequence):
     """The rest of an epoch, from step `first`: for each step the plans of this rank's part of the
-    global batch, one for each stream and each of its views.
+    global batch, one for each stream. The views of an image follow each other: it is decoded once.
 
     Views are drawn when a plan is asked for, from (seed, epoch, step, stream, copy) alone: by
     whoever decodes it, and starting late costs nothing.
@@ -65,7 +65,7 @@ class EpochPlans(Sequence):
         ]
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * len(self.orders) * self.views
+        return (self.steps - self.first) * len(self.orders)
 
     def chosen(self, step: int, stream: int) -> np.ndarray:
         """The global batch of the epoch's `step`, indices [batch_size]."""
@@ -74,13 +74,14 @@ class EpochPlans(Sequence):
     def __getitem__(self, k: int) -> Plan:  # ty: ignore[incompatible-method-override]
         if not 0 <= k < len(self):
             raise IndexError(k)
-        after, of_step = divmod(k, len(self.orders) * self.views)
+        after, stream = divmod(k, len(self.orders))
         step = self.first + after
-        stream, copy = divmod(of_step, self.views)
         chosen = self.chosen(step, stream)
-        generator = rng(self.seed, "views", self.epoch, step, stream, copy)
-        views = self.spec.draw(generator, self.sizes[chosen])
-        return chosen[self.part], views[self.part]
+        sizes, copies = self.sizes[chosen], []
+        for copy in range(self.views):
+            generator = rng(self.seed, "views", self.epoch, step, stream, copy)
+            copies.append(self.spec.draw(generator, sizes)[self.part])
+        return np.repeat(chosen[self.part], self.views), Views.woven(copies)
 
 
 def _drawn(images: Images, power: float, seed: str, epoch: int) -> np.ndarray:
@@ -117,13 +118,13 @@ def from_step(
         plans = EpochPlans(course, epoch, first)
         stream = course.images.stream(plans, course.spec)
         for k in range(first, steps):
-            images = [[normalize(next(stream)) for _ in range(mixing.views)] for _ in streams]
+            images = [normalize(next(stream)).unflatten(0, (-1, mixing.views)) for _ in streams]
             chosen = [plans.chosen(k, s)[course.part] for s in streams]
             seen = [torch.from_numpy(course.images.labels[c]) for c in chosen]
             classes = [c.to(device, non_blocking=True) for c in seen]
             labels = [(c[:, None] == every).float() for c in classes]
             draw = Mix(rng(course.seed, "mix", epoch, k), course.batch_size, course.part)
-            x, y = mixing.mix(images, labels, draw)
+            x, y = mixing.mix([list(x.unbind(1)) for x in images], labels, draw)
             yield Batch(step, epoch, k == steps - 1, x, y, np.concatenate(chosen))
             step += 1
 
