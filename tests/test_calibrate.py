@@ -113,12 +113,15 @@ def test_units_hold_every_class_once_and_whole(counts, at_least):
     assert all(sum(counts[c] for c in u) >= at_least for u in units[:-1])
 
 
-@pytest.mark.parametrize("net", ["convnet3", "resnet32", "densenet121"])
-def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net):
+@pytest.mark.parametrize(
+    ("net", "lead"),
+    [("convnet3", 0), ("convnet3", 3), ("resnet32", 0), ("resnet32", 3), ("densenet121", 0)],
+)
+def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net, lead):
     """Also in deep networks, where layers that are measured at once would all make up for the same
-    shift, each on top of the others."""
+    shift, each on top of the others; and where a few images a class lead."""
     size = 8 if net != "densenet121" else 32
-    config = rldd_tools.config(size)
+    config = rldd_tools.config(size, calibrate=Calibrate(lead=lead))
     rldd_tools.run("shard", config, tmp_path)
     split = ShardSplit(tmp_path / "shard", "train")
     device = torch.device("cpu")
@@ -153,7 +156,9 @@ def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net):
     with torch.no_grad():
         model(x)
     assert len(wrong) == 2 * len(layers) and max(wrong) < 0.01, max(wrong)
-    assert facts["layers"] == len(layers)
+    assert facts["layers"] == len(layers) and ("off" in facts) == bool(lead)
+    if lead:
+        assert max(wrong) < 1.5 * calibrate.CLOSE and facts["off"] <= calibrate.CLOSE
 
 
 def test_without_fair_statistics_the_observer_keeps_its_own(tmp_path):

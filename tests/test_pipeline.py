@@ -111,6 +111,7 @@ WAYS = [
         "initialize.select=random",
         "evaluate.nets=[convnet3,resnet32]",
         "data.memory_gb=0",
+        "calibrate.lead=2",
         "runtime.workers=1",
     ],
     ["evaluate.matrix=true", "evaluate.epochs=1", "relabel.labels=single", "relabel.epochs=1"],

@@ -161,7 +161,7 @@ def of_calibration(config: Any, bench: Bench) -> Unit:
     measurement, norms = calibrate.Measurement(observer, *seen), registry.norm_layers(observer)
     name = f"calibration: an image up to a layer ({config.observer.net}, {len(norms)} layers)"
     items = CALIBRATED * len(norms)
-    return Unit(name, lambda: calibrate.measure(measurement, norms, {}, own), items)
+    return Unit(name, lambda: calibrate.measure(measurement, None, norms, {}, own), items)
 
 
 def of_initialization(config: Any, bench: Bench) -> Unit:

@@ -8,7 +8,8 @@ Every class then weighs the same in the layer's mean and variance.
 The observer is given these statistics layer after layer, each measured behind those before it: a
 pass a layer, which ends at that layer. Measured all at once they would describe a network that is
 not there any more, and every layer would make up again for what the layers before it make up for:
-in a deep network that grows from layer to layer, without bound.
+in a deep network that grows from layer to layer, without bound. With `calibrate.lead` a few images
+of each class go layer after layer, and two or three passes over all images correct them (`led`).
 
 A unit of work is a run of whole classes, so each class's sums are added by one rank in one fixed
 order, and the all-reduce adds zeros: the same bytes on any number of ranks.
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from ltdd_scale.data import sampling
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images, Plan
+from ltdd_scale.data.kept import Kept
 from ltdd_scale.data.loader import Normalize, open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.methods.rldd.settings import Calibrate
@@ -35,10 +38,12 @@ from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
 from ltdd_scale.runtime import tensors
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.stage import Given
 
 Layers = Mapping[str, nn.Module]
+CLOSE = 1e-3  # deviations by which a led layer may miss the statistics of what it sees
+TURNS = 8  # of the lead and all images, at most
 
 
 class _Reached(Exception):
@@ -126,8 +131,12 @@ def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a pass over the set needs: the observer, the images as it sees them, and the stage's
-    context. `batch_size`: images a forward pass."""
+    """What a pass over real images needs: the observer, the images as it sees them, and the stage's
+    context.
+
+    `batch_size`: images a forward pass. `members`: the images of each class that are looked at, all
+    where it is left out. Decoded images are kept, up to `memory` bytes of them in memory.
+    """
 
     model: nn.Module
     images: Images
@@ -135,43 +144,59 @@ class Measurement:
     spec: ViewSpec
     batch_size: int
     context: Context
+    memory: float = 0.0
+    members: list[np.ndarray] | None = None
+
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """This rank's batches: whole units, class after class."""
+        ranks, batch = self.context.ranks, self.batch_size
+        members = self.members or by_class(self.images)
+        units = class_units(np.asarray([len(m) for m in members]), batch)
+        sizes = np.asarray([sum(len(members[c]) for c in unit) for unit in units])
+        plans: list[Plan] = []
+        for u in sampling.spread(sizes, ranks.world_size)[ranks.rank]:
+            own = np.concatenate([members[c] for c in units[u]])
+            plans += [(own[i : i + batch], None) for i in range(0, len(own), batch)]
+        return plans
+
+    @cached_property
+    def batches(self) -> Kept:
+        context = self.context
+        made_of = self.images, self.plans, self.spec, context.ranks.device
+        return Kept(*made_of, self.memory, context.say)
 
     def collect(self, layers: Layers, title: str, stop: bool = False) -> dict[str, Tensor]:
-        """One pass over the set, with `stop` up to the last of `layers`.
+        """One pass over the images, with `stop` up to the last of `layers`.
 
         Returns the moments of every layer, float64 [K, 1 + 2C], complete on every rank.
         """
         ranks, images = self.context.ranks, self.images
-        order = np.argsort(images.labels, kind="stable")
-        plans = self._plans(order)
-        progress = self.context.progress(title, len(plans), "batches")
+        progress = self.context.progress(title, len(self.plans), "batches")
         found = ClassMoments(layers, len(images.counts), stop, ranks.device)
         with torch.inference_mode(), found:
             # The layers' shapes are known after a forward pass; a rank without units must hold
             # zeros of the same shapes.
             found.labels = np.zeros(1, np.int64)
-            first = next(iter(images.stream([(order[:1], None)], self.spec)))
+            first = next(iter(images.stream([(np.zeros(1, np.int64), None)], self.spec)))
             found.see(self.model, self.normalize(first), ranks)
             for total in found.moments.values():
                 total.zero_()
-            batches = images.stream(plans, self.spec)
-            for k, ((indices, _), x) in enumerate(zip(plans, batches, strict=True)):
+            for k, ((indices, _), x) in enumerate(zip(self.plans, self.batches, strict=True)):
                 found.labels = images.labels[indices]
                 found.see(self.model, self.normalize(x), ranks)
                 progress.update(k + 1)
             return {name: ranks.all_reduce(found.moments[name].contiguous()) for name in layers}
 
-    def _plans(self, order: np.ndarray) -> list[Plan]:
-        """This rank's batches: whole units, class after class. `order`: all images by class."""
-        ranks, counts, batch = self.context.ranks, self.images.counts, self.batch_size
-        units = class_units(counts, batch)
-        sizes = np.asarray([counts[u].sum() for u in units])
-        edges = np.concatenate([[0], np.cumsum(counts)])
-        plans: list[Plan] = []
-        for u in sampling.spread(sizes, ranks.world_size)[ranks.rank]:
-            members = order[edges[units[u][0]] : edges[units[u][-1] + 1]]
-            plans += [(members[i : i + batch], None) for i in range(0, len(members), batch)]
-        return plans
+
+def by_class(images: Images, per_class: int = 0, seed: int = 0) -> list[np.ndarray]:
+    """The images of each class, in order; at most `per_class` of them (0: all), drawn by `seed`."""
+    order = np.argsort(images.labels, kind="stable")
+    members = np.split(order, np.cumsum(images.counts)[:-1])
+    if not per_class:
+        return members
+    drawn = [rng(seed, "lead", c).permutation(m)[:per_class] for c, m in enumerate(members)]
+    return [np.sort(m) for m in drawn]
 
 
 def forward_order(model: nn.Module, layers: Layers, x: Tensor) -> list[str]:
@@ -194,33 +219,95 @@ def running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return layer.running_mean, layer.running_var
 
 
-def measure(
+Fair = tuple[Tensor, Tensor]  # mean and variance, float64 [C]
+
+
+def layer_by_layer(
     measurement: Measurement,
+    norms: Mapping[str, nn.BatchNorm2d],
+    variance: str,
+    title: str,
+    shift: Mapping[str, Fair] | None = None,
+) -> dict[str, Tensor]:
+    """Give each of `norms` the fair statistics of what it sees behind those before it, a pass each.
+
+    `shift`: what is added to each mean, and what each variance is multiplied with. Returns the
+    moments.
+    """
+    size, device = measurement.spec.resolution, measurement.context.ranks.device
+    blank = torch.zeros(1, 3, size, size, device=device)
+    order, moments = forward_order(measurement.model, norms, blank), {}
+    for number, name in enumerate(order, 1):
+        this = f"{title}, layer {number} of {len(order)}"
+        moments.update(measurement.collect({name: norms[name]}, this, stop=True))
+        mean, var = fair_statistics(moments[name], variance)
+        if shift is not None:
+            mean, var = mean + shift[name][0], var * shift[name][1]
+        for buffer, value in zip(running(norms[name]), (mean, var), strict=True):
+            buffer.copy_(value)
+    return moments
+
+
+def led(
+    whole: Measurement,
+    lead: Measurement,
+    norms: Mapping[str, nn.BatchNorm2d],
+    layers: Layers,
+    variance: str,
+) -> tuple[dict[str, Tensor], float]:
+    """What `layer_by_layer` and a pass over `layers` find, in few passes over all images.
+
+    The images of `lead` go layer by layer. A pass over all images then tells how far the statistics
+    of all are from those of the lead; that difference hardly depends on the buffers, so the lead
+    goes again with it. This ends when the buffers are the statistics of what their layers see, but
+    for `CLOSE`. Returns the moments and how far they are off at most, in deviations (of a variance:
+    as a share).
+    """
+    shift = {
+        name: (torch.zeros_like(mean).double(), torch.ones_like(var).double())
+        for name, (mean, var) in ((name, running(layer)) for name, layer in norms.items())
+    }
+    moments: dict[str, Tensor] = {}
+    off = float("inf")
+    for turn in range(1, TURNS + 1):
+        layer_by_layer(lead, norms, variance, f"calibrate, lead {turn}", shift)
+        moments = whole.collect(layers, f"calibrate, all images {turn}")
+        off = 0.0
+        for name, layer in norms.items():
+            mean, var = fair_statistics(moments[name], variance)
+            given_mean, given_var = (value.double() for value in running(layer))
+            scale = var + layer.eps
+            far, ratio = mean - given_mean, (var + layer.eps) / (given_var + layer.eps)
+            off = max(off, float((far.abs() / scale.sqrt()).max()), float((ratio - 1).abs().max()))
+            shift[name] = shift[name][0] + far, shift[name][1] * ratio
+        if off <= CLOSE:
+            break
+    return moments, off
+
+
+def measure(
+    whole: Measurement,
+    lead: Measurement | None,
     norms: Mapping[str, nn.BatchNorm2d],
     convs: Layers,
     settings: Calibrate,
-) -> dict[str, Tensor]:
-    """The moments of the BatchNorm layers `norms` and the convolutions `convs`, on the CPU.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The moments of the BatchNorm layers `norms` and the convolutions `convs`, on the CPU, and
+    what is to be said of them.
 
     With `settings.recalibrate` the observer is given its fair statistics on the way.
     """
-    layers = {**norms, **convs}
-    moments: dict[str, Tensor] = {}
-    if settings.recalibrate:
-        size, device = measurement.spec.resolution, measurement.context.ranks.device
-        blank = torch.zeros(1, 3, size, size, device=device)
-        order = forward_order(measurement.model, norms, blank)
-        for number, name in enumerate(order, 1):
-            title = f"calibrate, layer {number} of {len(order)}"
-            moments.update(measurement.collect({name: norms[name]}, title, stop=True))
-            fair = fair_statistics(moments[name], settings.variance)
-            for buffer, value in zip(running(norms[name]), fair, strict=True):
-                buffer.copy_(value)
-        if convs:
-            moments.update(measurement.collect(convs, "calibrate, convolutions"))
+    layers, facts = {**norms, **convs}, {}
+    if not settings.recalibrate:
+        moments = whole.collect(layers, "calibrate")
+    elif lead is not None:
+        moments, off = led(whole, lead, norms, layers, settings.variance)
+        facts = {"off": round(off, 6)}
     else:
-        moments = measurement.collect(layers, "calibrate")
-    return {name: moments[name].cpu() for name in layers}
+        moments = layer_by_layer(whole, norms, settings.variance, "calibrate")
+        if convs:
+            moments.update(whole.collect(convs, "calibrate, convolutions"))
+    return {name: moments[name].cpu() for name in layers}, facts
 
 
 def run(settings: Given, context: Context) -> dict[str, Any]:
@@ -235,22 +322,27 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
         "moments": {},
         "running": {},
     }
+    facts: dict[str, Any] = {}
     if calibrate.fair:
         split = ShardSplit(context.input("shard"), "train")
-        measurement = Measurement(
-            observer.model,
-            open_images(split, seen, ranks.device, context.workers),
-            prepare(split, ranks.device),
-            ViewSpec(seen.resolution),
-            calibrate.batch_size,
-            context,
-        )
+        images = open_images(split, seen, ranks.device, context.workers)
+        normalize, spec = prepare(split, ranks.device), ViewSpec(seen.resolution)
+        how = calibrate.batch_size, context, seen.memory_gb * 2**30
+        whole, lead = Measurement(observer.model, images, normalize, spec, *how), None
+        if calibrate.lead:
+            lead = replace(whole, members=by_class(images, calibrate.lead, settings.seed))
         convs = registry.conv_layers(observer.model) if calibrate.conv_inputs else {}
-        statistics["moments"] = measure(measurement, norms, convs, calibrate)
+        statistics["moments"], facts = measure(whole, lead, norms, convs, calibrate)
+        if facts.get("off", 0.0) > CLOSE:
+            context.say(
+                f"warning: the statistics are off by up to {facts['off']:.4f} deviations (goal "
+                f"{CLOSE}) after {TURNS} turns: a larger calibrate.lead, or 0, is more exact"
+            )
     for name, layer in norms.items():
         mean, var = running(layer)
         statistics["running"][name] = (mean.cpu(), var.cpu())
     if ranks.is_main:
         tensors.save(context.out / "statistics.pt", statistics)
         frozen.save(context.out / "observer.pt", observer.recipe, observer.model)
-    return {"layers": len(norms), "channels": sum(m.num_features for m in norms.values())}
+    channels = sum(m.num_features for m in norms.values())
+    return {"layers": len(norms), "channels": channels, **facts}

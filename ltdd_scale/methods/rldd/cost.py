@@ -19,7 +19,8 @@ FLOAT64 = 8  # bytes
 
 
 def calibrate(settings: Any, facts: Facts) -> Cost:
-    """A pass over the set a layer, up to that layer; or one pass; or none."""
+    """A pass over the set a layer, up to that layer; or, with a lead, over the lead, and three over
+    the set; or one pass; or none."""
     own, seen = settings.calibrate, settings.images
     observer = _measure(settings.observer, seen.resolution)
     held = _weights(observer, facts)
@@ -28,6 +29,9 @@ def calibrate(settings: Any, facts: Facts) -> Cost:
     passes = 1.0
     if own.recalibrate:
         passes = (observer.norm_layers + 1) / 2 + own.conv_inputs
+        if own.lead:
+            lead = sum(min(n, own.lead) for n in facts.counts)
+            passes = 3 * (1 + (observer.norm_layers + 1) / 2 * lead / facts.num_images)
     batch = min(own.batch_size, facts.num_images)
     moments = _moments(settings.observer, seen.resolution, own.conv_inputs, facts)
     return Cost(
