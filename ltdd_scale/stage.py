@@ -67,10 +67,15 @@ class Cost:
     """What a stage asks for: FLOPs in all, bytes of memory, bytes on the disk.
 
     Memory of each rank: `memory`, and `activations` as float32. `batch`: activations of the global
-    batch, which ranks share out.
+    batch, which ranks share out. `decodes`: images decoded in all. `steps`: steps that wait for
+    each other, of training or recovery, in all pieces of the work. `meetings`: small reductions
+    over all ranks that a step waits for, in all.
     """
 
     flops: float = 0.0
+    decodes: float = 0.0
+    steps: float = 0.0
+    meetings: float = 0.0
     memory: float = 0.0
     activations: float = 0.0
     batch: float = 0.0

@@ -1,5 +1,6 @@
 """Estimates where no data is, and the configs of published recipes, which are looked at like that."""
 
+import itertools
 import re
 
 import pytest
@@ -11,10 +12,11 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import sources
 from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.launch import estimate, sweep
+from ltdd_scale.launch import devices, estimate, sweep
 from ltdd_scale.launch.jobs import Point
 from ltdd_scale.launch.parts import PARTS, part_of
 from ltdd_scale.pipeline import graph
+from ltdd_scale.stage import Cost, Division, Stage
 
 CONFIGS = ROOT / "configs"
 PUBLISHED = sorted((CONFIGS / "published").glob("*.yaml"))
@@ -23,9 +25,9 @@ SWEEPS = sorted([*(CONFIGS / "sweeps").glob("*.yaml"), *CONFIGS.glob("published/
 
 def table(text: str) -> dict[str, list[str]]:
     """The first table of what was printed: first cell → the others."""
-    rows = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"
-    ]
+    lines = itertools.dropwhile(lambda line: line[:1] != "|", text.splitlines())
+    first = itertools.takewhile(lambda line: line[:1] == "|", lines)
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in first]
     return {row[0]: row[1:] for row in rows[:1] + rows[2:]}
 
 
@@ -153,7 +155,7 @@ def test_a_dry_run_where_no_data_is(absent, tmp_path):
     found = table(done.stdout)
     assert list(found) == ["point", "ipc1", "ipc4", "all, shared once"]
     assert found["point"] == ["experts", "synthesis", "students", "all"]
-    assert "the images of 2 points are not here" in done.stdout and "estimated: " in done.stdout
+    assert "the images of 2 points are not here" in done.stdout and "estimated, one" in done.stdout
     assert "no estimate" not in done.stdout and "# ---- ipc4/recover" in done.stdout
     # One point of it, for SLURM, with the plain network's place to be decided.
     cluster = ["--cluster", "slurm", "--profile", ROOT / "slurm/preemptible.yaml", "--dry-run"]
@@ -215,4 +217,61 @@ def test_what_is_done_costs_nothing_more(finished):
     assert table(done.stdout)["tiny"][3] != "–" and "estimated" not in done.stdout
     more = cli("run", config, *shown, "--set", "evaluate.seeds=2")
     assert "3 of 11 jobs are left" in more.stdout and "students   about" in more.stdout
-    assert re.search(r"estimated: \d+ s of a GPU in all", more.stdout), more.stdout
+    assert re.search(r"\| 1 core +\| \d+ s", more.stdout), more.stdout
+
+
+FAST = devices.Device("fast", 1e12, 0.5, 1e-2, "made up")
+
+
+def takes(division=Division.RANKS, number=1, cores=1, **cost):
+    stage = Stage(name="s", kind="s", version=1, run="", division=division)
+    return estimate.taken(Cost(**cost), stage, FAST, number, cores)
+
+
+def test_what_takes_longest_bounds_a_stage():
+    assert takes(flops=3e12, decodes=640, steps=100) == estimate.Taken(3.0, "arithmetic")
+    assert takes(flops=3e12, decodes=640 * 4, steps=100) == estimate.Taken(4.0, "decoding")
+    assert takes(flops=3e12, decodes=640 * 4, cores=4) == estimate.Taken(3.0, "arithmetic")
+    assert takes(flops=3e12, steps=500) == estimate.Taken(5.0, "steps")
+
+
+def test_ranks_share_out_steps_and_wait_for_each_other():
+    """Half of each device's speed is left where several train one network; BatchNorm over all ranks
+    comes on top; steps get no fewer."""
+    assert takes(flops=8e12, number=4).seconds == 8 / (4 * 0.5)
+    assert takes(flops=8e12, number=4, meetings=1000).seconds == 4 + 1000 * 50e-6 * 2
+    met = takes(flops=8e12, number=4, meetings=1e5)
+    assert met == estimate.Taken(4 + 10.0, "BatchNorm over ranks")
+    assert takes(steps=100, number=8).seconds == 1
+
+
+def test_chunks_and_students_are_dealt():
+    assert takes(Division.CHUNKS, flops=8e12, steps=800, number=8).seconds == 1
+    assert takes(Division.UNITS, flops=8e12, number=8).seconds == 8, "one student is one device's"
+    students = [estimate.Taken(2.0, "steps")] * 6
+    assert estimate.of_many(students, 4).seconds == 3 and estimate.of_many(students, 8).seconds == 2
+    assert estimate.of_many([], 8) == estimate.Taken()
+
+
+def test_devices_are_known_and_this_one_is_measured():
+    from ltdd_scale.launch.profile import Profile
+
+    assert devices.of(Profile(), local=False).name == "a100"
+    assert devices.of(Profile(device="v100"), local=True).flops == 1200 * devices.RESNET50
+    own = devices.of(Profile(device="h100", tflops=5), local=False)
+    assert own.flops == 5e12 and "profile" in own.source
+    core = devices.core()
+    assert core.name == "cpu" and 1e8 < core.flops < 1e13
+
+
+def test_an_expert_decodes_what_does_not_fit_and_waits_for_batchnorm():
+    """ImageNet-LT's observer: two streams an epoch; nothing that is held in memory."""
+    config = load.load(CONFIGS / "imagenet_lt_if256_ipc10.yaml")
+    facts = sources.expected(config.data)
+    node = graph.build(recipe.stages(config, "x"), config)["observer"]
+    cost = estimate.limits.costs([node], facts)["observer"]
+    assert cost.decodes == 2 * 135 * facts.num_images
+    assert cost.steps == 135 * (facts.num_images // 256) and cost.meetings == 2 * 53 * cost.steps
+    held = load.load(CONFIGS / "imagenet_lt_if256_ipc10.yaml", ["data.memory_gb=99"])
+    node = graph.build(recipe.stages(held, "x"), held)["observer"]
+    assert estimate.limits.costs([node], facts)["observer"].decodes == facts.num_images

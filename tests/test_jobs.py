@@ -207,7 +207,8 @@ def test_a_dry_run_shows_all_and_submits_nothing(tmp_path, tiny):
         "11 of 11 jobs are left",
         "relabel   after recover",
         "#SBATCH --partition=scavenge",
-        "estimated: ",
+        "estimated, one job after the other",
+        "a100: 60.6 TFLOP/s",
         "--array=",
     ):
         assert words in done.stdout, done.stdout

@@ -3,7 +3,7 @@
     python tools/simulate_scale.py [--step-ms 210] [--recover-ms 95] [--decode 4000] …
 
 Who does what comes from the functions that the stages themselves use (chunks, class units, slices of a batch), on ImageNet-LT's class counts. How long a piece takes is
-an assumption: the defaults are round numbers for a current data-centre GPU and its network, NOT measured. Give your own from tools/bench_*.py.
+an assumption, NOT measured: arithmetic by the published rate of an A100 that `--dry-run` reckons with, round numbers for its network. Give your own from tools/bench_*.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ltdd_scale.data.sampling import rank_slice, spread
+from ltdd_scale.launch.devices import DECODED, GPUS, RESNET50
 from ltdd_scale.methods.rldd.calibrate import class_units
 from ltdd_scale.methods.rldd.chunks import chunks
 
+RATE = RESNET50 / GPUS["a100"].flops  # seconds of a training step on one image
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -25,12 +27,16 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Machine:
     """Assumed speeds."""
 
-    step_ms: float = 210.0  # an expert's step on `local_batch` images of each view: ResNet-50 at 224, forward and backward
+    step_ms: float = (
+        1e3 * 64 * RATE
+    )  # an expert's step on `local_batch` images of each view: ResNet-50 at 224, forward and backward
     local_batch: int = 32
     floor: float = 0.25  # share of that time below which smaller steps do not get faster
-    forward_ms: float = 45.0  # forward of 128 images
-    recover_ms: float = 95.0  # one recovery iteration of a chunk
-    decode: float = 4000.0  # images a second that the decoder of one GPU gives
+    forward_ms: float = 1e3 * 128 * RATE / 3  # forward of 128 images
+    recover_ms: float = (
+        1e3 * 80 * 2 * 2 * RATE / 3
+    )  # one recovery iteration of a chunk: forward and back to the pixels, of observer and teacher
+    decode: float = 12 * DECODED  # images a second of the cores of one GPU
     local_gb: float = 200.0  # GB/s between the GPUs of one box
     network_gb: float = 20.0  # GB/s of a GPU between boxes
     box: int = 8  # GPUs a box
@@ -86,7 +92,7 @@ def expert(world: int, m: Machine, w: Work) -> tuple[float, str]:
         s.stop - s.start for s in (rank_slice(w.global_batch, r, world) for r in range(world))
     )
     compute = m.step_ms / 1e3 * max(local / m.local_batch, m.floor)
-    load = 4 * local / m.decode  # two views of two streams
+    load = 2 * local / m.decode  # an image of each stream, decoded once for both views
     norms = (
         2 * w.norm_layers * all_reduce(1e-6, world, m)
     )  # BatchNorm over all ranks waits, forward and backward
@@ -107,10 +113,10 @@ def calibrate(world: int, m: Machine, w: Work) -> tuple[float, str]:
     counts = class_counts(w)
     sizes = np.asarray([counts[u].sum() for u in class_units(counts, w.unit)])
     busiest = max(sizes[part].sum() for part in spread(sizes, world) if part)
-    # Over all passes: a forward pass is half as long on average, each image is decoded again, each layer's sums travel once.
+    # Over all passes: a forward pass is half as long on average, each image is decoded once, each layer's sums travel once.
     arithmetic, load, talk = (
         w.passes / 2 * busiest / 128 * m.forward_ms / 1e3,
-        w.passes * busiest / m.decode,
+        busiest / m.decode,
         all_reduce(w.statistics_gb, world, m),
     )
     bound = (

@@ -18,17 +18,24 @@ def cost(settings: Given, facts: Facts) -> Cost:
     """
     expert, seen, train = settings.expert, settings.images, settings.train
     net = (expert.net, expert.width, expert.norm, seen.resolution)
-    views = RECIPES[expert.recipe].mixing(expert).views
+    mixing = RECIPES[expert.recipe].mixing(expert)
+    views, streams = mixing.views, len(mixing.powers)
     passes = expert.epochs * facts.num_images * views
     one = views * flops.activations(*net)
     micro = min(train.micro_batch, expert.batch_size)
+    steps = expert.epochs * (facts.num_images // expert.batch_size)
     parameters, buffers = _numbers(settings, facts.num_classes)
     held = facts.num_images * 3 * seen.resolution**2
+    fits = held <= seen.memory_gb * 2**30
     moments = 2 if expert.optimizer == "adamw" else 1
     memory = flops.FLOAT * (2 + moments) * parameters
     return Cost(
         flops=passes * flops.forward(*net) * (1 + flops.BACKWARD),
-        memory=memory + (held if held <= seen.memory_gb * 2**30 else 0),
+        decodes=facts.num_images * (1 if fits else expert.epochs * streams),
+        steps=steps,
+        # A BatchNorm over all ranks waits in the forward and in the backward pass.
+        meetings=2.0 * steps * flops.norm_layers(*net) if train.sync_bn else 0.0,
+        memory=memory + (held if fits else 0),
         activations=micro * one,
         batch=0.0 if micro else expert.batch_size * one,
         disk=flops.FLOAT

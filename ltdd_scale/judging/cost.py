@@ -43,6 +43,8 @@ def student(settings: Any, facts: Facts) -> Cost:
     return Cost(
         flops=(epochs * images * passes + labelled) * flops.forward(*net)
         + whitening.flops(settings, epochs * images),
+        decodes=facts.judged + (facts.num_images if whole else 0),
+        steps=epochs * -(-images // batch),
         memory=held + COPIES * weights + whitening.held(settings),
         activations=batch * flops.activations(*net),
         disk=(COPIES - 1) * weights,  # of a checkpoint, until the student is done

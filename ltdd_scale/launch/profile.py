@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -60,8 +60,13 @@ class Profile(Resources):
         "times a job starts again after it was killed or broke down, not counting preemptions",
         low=0,
     )
+    device: Literal["auto", "cpu", "v100", "a100", "h100"] = option(
+        "auto",
+        "what a dry run reckons with: published rates of a GPU, or a core of this machine, "
+        "measured; auto: on this machine what it has, on a cluster a100",
+    )
     tflops: Number = option(
-        60.0, "what a GPU is assumed to reach, for the estimate of GPU-hours only", low=0.001
+        0.0, "what a device reaches, for a dry run only; 0: what is known of `device`", low=0
     )
     setup: list[Text] = option([], "lines of shell before the work: module load …")
     env: dict[str, Text] = option({}, "environment variables of the jobs")

@@ -26,6 +26,8 @@ def trajectory(settings: Given, facts: Facts) -> Cost:
     return Cost(
         flops=own.steps * own.batch_size * passes * flops.forward(*made_of)
         + _whitened(settings, own),
+        decodes=facts.num_images,
+        steps=own.steps,
         memory=_held(settings, facts) + (COPIES + HELD) * flops.FLOAT * size,
         activations=own.batch_size * (flops.activations(*made_of) + _views(seen)),
         disk=kept * each + (1 + 2 * CHECKPOINTS) * flops.FLOAT * size,
@@ -39,6 +41,8 @@ def classifier(settings: Given, facts: Facts) -> Cost:
     size = _head(network, seen, facts)
     return Cost(
         flops=own.steps * own.batch_size * one.flops + _whitened(settings, own),
+        decodes=facts.num_images,
+        steps=own.steps,
         memory=_held(settings, facts) + flops.FLOAT * ((COPIES + HELD) * size + one.parameters),
         activations=own.batch_size * (one.passing + _views(seen)),
         disk=(own.steps // own.every + 2 + 2 * CHECKPOINTS) * flops.FLOAT * size,

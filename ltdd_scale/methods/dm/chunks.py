@@ -41,6 +41,8 @@ def cost(settings: Any, facts: Facts) -> Cost:
     held = max(sum(facts.counts[c] for c in chunk) for chunk in divide(facts.num_classes))
     return Cost(
         flops=dm.iterations * (images * one.flops + whitening.flops(settings, images)),
+        decodes=facts.num_images,
+        steps=dm.iterations * len(divide(facts.num_classes)),
         memory=held * pixels + whitening.held(settings, inverse=True),
         activations=max(shown) * (one.passing + 4 * pixels) + ipc * (one.activations + 4 * pixels),
         disk=ipc * facts.num_classes * pixels,

@@ -43,6 +43,8 @@ def cost(settings: Any, facts: Facts) -> Cost:
     whitened = whitening.flops(settings, gm.networks * gm.outer_steps * seen)
     return Cost(
         flops=passes * one.flops + whitened,
+        decodes=facts.num_images,
+        steps=gm.networks * gm.outer_steps * (1 + gm.inner_epochs),
         memory=held + facts.num_images * pixels + whitening.held(settings, inverse=True),
         activations=max(shown, trained, GRAPHS * ipc) * (one.activations + flops.FLOAT * pixels),
         disk=images * pixels,

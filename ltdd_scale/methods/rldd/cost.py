@@ -36,6 +36,7 @@ def calibrate(settings: Any, facts: Facts) -> Cost:
     moments = _moments(settings.observer, seen.resolution, own.conv_inputs, facts)
     return Cost(
         flops=passes * facts.num_images * observer.flops,
+        decodes=facts.num_images,
         # While the file is written, its bytes are there thrice beside the moments.
         memory=held + _decoded(seen, facts) + 4 * moments,
         activations=batch * observer.passing,
@@ -59,6 +60,7 @@ def initialize(settings: Any, facts: Facts) -> Cost:
     features = FLOAT64 * max(facts.counts) * draws * teacher.features if own.by_features else 0.0
     return Cost(
         flops=shown * teacher.flops,
+        decodes=facts.num_images,
         memory=_weights(teacher, facts) + _decoded(seen, facts) + features,
         activations=batch * teacher.passing,
         disk=images,
@@ -85,6 +87,8 @@ def recover(settings: Any, facts: Facts) -> Cost:
         + ((looks + again) * small * teacher.flops if teacher else 0.0)
         + again * small * observer.flops
         + added.flops,
+        decodes=added.decodes,
+        steps=own.iterations * -(-small // batch),
         memory=sum(_weights(m, facts) for m in (observer, teacher) if m)
         + 2 * moments
         + added.memory,
@@ -106,6 +110,7 @@ def _matching(settings: Any, facts: Facts) -> Cost:
     real = min(matched.together(own), facts.num_classes) * own.matching_real
     return Cost(
         flops=own.iterations * (shown + 2 * ipc * facts.num_classes) * one.flops,
+        decodes=facts.num_images,
         memory=_images(held, seen) + flops.FLOAT * one.parameters,
         activations=batch * (one.activations + changed) + real * (one.passing + changed),
     )
