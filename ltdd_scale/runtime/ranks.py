@@ -146,6 +146,9 @@ def _prepare_gpu(rank: int, local: int, precision: str) -> None:
         raise UserError(f"rank {rank} wants GPU {local}, but there are {there}: lower --nproc")
     torch.cuda.set_device(local)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # One order of addition for a number of ranks: NCCL chooses among several by what it measures.
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.backends.cudnn.deterministic = True  # promises 1 and 2 are about bits
     torch.use_deterministic_algorithms(True, warn_only=True)
     # That also fills every new tensor, a kernel more for each. Nothing reads what was not written.
