@@ -110,7 +110,7 @@ def _matching(settings: Any, facts: Facts) -> Cost:
     real = min(matched.together(own), facts.num_classes) * own.matching_real
     return Cost(
         flops=own.iterations * (shown + 2 * ipc * facts.num_classes) * one.flops,
-        decodes=facts.num_images,
+        decodes=each * sum(min(n, matched.HELD) for n in facts.counts),
         memory=_images(held, seen) + flops.FLOAT * one.parameters,
         activations=batch * (one.activations + changed) + real * (one.passing + changed),
     )
