@@ -45,26 +45,19 @@ def show(made: Campaign, wants: Profile, max_jobs: int, absent: set[str]) -> int
         f"{made.name}: {len(scripts)} of {len(made.jobs)} jobs are left "
         f"(ltdd_scale {__version__})\n"
     )
+    device, cores = devices.of(wants, made.cluster == "local"), wants.cpus_per_task
     if any(costs.values()):
-        device = devices.of(wants, made.cluster == "local")
-        cores = wants.cpus_per_task
-        print(
-            f"{_unit(device)}-hours of each point, were it alone:\n\n"
-            f"{_table(made, costs, device, cores)}\n"
-        )
-        left = _left(made, costs)
-        work = {job.name: [left.pop(n) for n in job.nodes if n in left] for job in made.jobs}
-        jobs = [job for job in made.jobs if job.name in scripts]
-        for job in jobs:
+        unit, table = _unit(device), _table(made, costs, device, cores)
+        print(f"{unit[:1].upper()}{unit[1:]}-hours of each point, were it alone:\n\n{table}\n")
+    left = _left(made, costs)
+    work = {job.name: [left.pop(n) for n in job.nodes if n in left] for job in made.jobs}
+    for job in made.jobs:
+        if job.name in scripts:
             print(_line(job, scripts, work[job.name], device))
-    else:
-        for job in made.jobs:
-            if job.name in scripts:
-                print(_line(job, scripts, [], None))
     for name, text in scripts.items():
         print(f"\n# ---- {name}\n{text.rstrip()}")
-    if any(costs.values()) and any(work[job.name] for job in jobs):
-        _say_all([work[job.name] for job in jobs], device, cores)
+    if any(work[name] for name in scripts):
+        _say_all([work[name] for name in scripts], device, cores)
     if absent:
         few = f" of {len(absent)} points" if len(made.points) > 1 else ""
         print(
@@ -87,7 +80,7 @@ def _say_unknown(made: Campaign, costs: Costs) -> None:
 
 
 def _unit(device: Device) -> str:
-    return "Core" if device.name == "cpu" else "GPU"
+    return "core" if device.name == "cpu" else "GPU"
 
 
 def _table(made: Campaign, costs: Costs, device: Device, cores: int) -> str:
@@ -144,14 +137,12 @@ def _takes(work: Iterable[Work], device: Device, number: int, cores: int) -> Tak
     return Taken(sum(found.seconds for found in every), longest.bound)
 
 
-def _line(job: Job, scripts: dict[str, str], work: list[Work], device: Device | None) -> str:
+def _line(job: Job, scripts: dict[str, str], work: list[Work], device: Device) -> str:
     many = f" × {job.elements}" if job.elements > 1 else ""
     needs = [n for n in job.needs if n in scripts]
     after = f"   after {', '.join(needs)}" if needs else ""
-    if device is None or not work:
-        return f"{job.name}{many}{after}"
     number = job.elements * job.wants.nodes * job.wants.tasks_per_node
-    found = _takes(work, device, number, job.wants.cpus_per_task)
+    found = _takes(work, device, number, job.wants.cpus_per_task) if work else Taken()
     if not found.seconds:
         return f"{job.name}{many}{after}"
     on = f" on {number} {_unit(device)}s" if number > 1 else ""
@@ -165,7 +156,7 @@ def _say_all(work: list[list[Work]], device: Device, cores: int) -> None:
         found = [_takes(of, device, number, cores) for of in work if of]
         seconds = sum(one.seconds for one in found)
         longest = max(found, key=lambda one: one.seconds)
-        many = f"{number} {unit.lower() if unit == 'Core' else unit}{'s' * (number > 1)}"
+        many = f"{number} {unit}{'s' * (number > 1)}"
         rows.append([many, duration(seconds), _hours(seconds * number / HOUR), longest.bound])
     print(
         f"\nestimated, one job after the other:\n\n{markdown(rows)}\n\n"
