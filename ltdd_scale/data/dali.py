@@ -52,9 +52,8 @@ class _Resizer:
                 box = decoded[of[k]][top : top + h, left : left + w].permute(2, 0, 1)[None]
                 # Rows that follow each other in memory are resized a sixth faster, copy included.
                 box = box.contiguous(memory_format=torch.channels_last)
-                small = F.interpolate(box, (self.side, self.side), mode="bilinear", antialias=True)[
-                    0
-                ]
+                side = (self.side, self.side)
+                small = F.interpolate(box, side, mode="bilinear", antialias=True)[0]
                 out[k].copy_(small.flip(-1) if piece.mirrored[k] else small).mul_(1 / 255)
 
         list(self.pool.map(some, range(self.threads)))

@@ -34,11 +34,12 @@ def calibrate(settings: Any, facts: Facts) -> Cost:
             passes = 3 * (1 + (observer.norm_layers + 1) / 2 * lead / facts.num_images)
     batch = min(own.batch_size, facts.num_images)
     moments = _moments(settings.observer, seen.resolution, own.conv_inputs, facts)
+    kept = min(_images(facts.num_images, seen), seen.memory_gb * 2**30)  # or in a file
     return Cost(
         flops=passes * facts.num_images * observer.flops,
         decodes=facts.num_images,
         # While the file is written, its bytes are there thrice beside the moments.
-        memory=held + _decoded(seen, facts) + 4 * moments,
+        memory=held + kept + 4 * moments,
         activations=batch * observer.passing,
         disk=held + moments,
     )
