@@ -4,7 +4,7 @@
     python tools/bench_lead.py STORE/shard/… --net resnet50 --side 64 --lead 8 --stream
 
 The first line takes a trained observer, the second an untrained one, whose buffers are the averages
-of its training mode over the set. Told are: passes, seconds, how far the buffers are from those of
+of its training mode over the set. Told are: seconds, how far the buffers are from those of
 layer after layer (means in deviations, variances as a share), and the balanced accuracy on the
 validation images, where the set has some. With --stream images are decoded from the tars, as those
 of a set too large for memory, in each pass or once.
@@ -122,7 +122,7 @@ def main() -> None:
         ways["layer after layer, decoded in each pass"] = (Decoding, None)
     ways[f"{args.lead} images a class lead"] = (calibrate.Measurement, members)
     print(circumstances(args.threads), "\n")
-    held = len(members) and sum(map(len, members))
+    held = sum(map(len, members))
     print(f"{len(split)} images of {len(split.classes)} classes at {side} px, lead of {held}\n")
     print(
         "| | seconds | means apart | variances apart | off | accuracy |\n|---|---|---|---|---|---|"

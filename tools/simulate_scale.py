@@ -1,6 +1,6 @@
 """How the stages should scale from 1 to 256 GPUs: the runner's own division of the work, timed by a small model.
 
-    python tools/simulate_scale.py [--step-ms 210] [--recover-ms 95] [--decode 4000] …
+    python tools/simulate_scale.py [--step-ms 26] [--recover-ms 43] [--decode 7680] …
 
 Who does what comes from the functions that the stages themselves use (chunks, class units, slices of a batch), on ImageNet-LT's class counts. How long a piece takes is
 an assumption, NOT measured: arithmetic by the published rate of an A100 that `--dry-run` reckons with, round numbers for its network. Give your own from tools/bench_*.py.
@@ -27,15 +27,13 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Machine:
     """Assumed speeds."""
 
-    step_ms: float = (
-        1e3 * 64 * RATE
-    )  # an expert's step on `local_batch` images of each view: ResNet-50 at 224, forward and backward
+    # An expert's step on `local_batch` images of each view: ResNet-50 at 224, forward and backward.
+    step_ms: float = 1e3 * 64 * RATE
     local_batch: int = 32
     floor: float = 0.25  # share of that time below which smaller steps do not get faster
     forward_ms: float = 1e3 * 128 * RATE / 3  # forward of 128 images
-    recover_ms: float = (
-        1e3 * 80 * 2 * 2 * RATE / 3
-    )  # one recovery iteration of a chunk: forward and back to the pixels, of observer and teacher
+    # One recovery iteration of a chunk: forward and back to the pixels, of observer and teacher.
+    recover_ms: float = 1e3 * 80 * 2 * 2 * RATE / 3
     decode: float = 12 * DECODED  # images a second of the cores of one GPU
     local_gb: float = 200.0  # GB/s between the GPUs of one box
     network_gb: float = 20.0  # GB/s of a GPU between boxes

@@ -10,8 +10,9 @@ from ltdd_scale.launch import limits
 from ltdd_scale.launch.profile import Profile
 
 RESNET50 = 3 * 2 * 4.09e9  # FLOPs of a training step on one image of 224 px: 4.09 G products
-DECODED = 640.0  # JPEGs of 500 × 375 a second and core, decoded and cut: benchmarks/…-loader.md
-EIGHT = 8  # GPUs of a box
+DECODED = (
+    640.0  # JPEGs of 500 × 375 a second and core, decoded and cut: benchmarks/2026-11-21-loader.md
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ The observer is given these statistics layer after layer, each measured behind t
 pass a layer, which ends at that layer. Measured all at once they would describe a network that is
 not there any more, and every layer would make up again for what the layers before it make up for:
 in a deep network that grows from layer to layer, without bound. With `calibrate.lead` a few images
-of each class go layer after layer, and two or three passes over all images correct them (`led`).
+of each class go layer after layer, and a few passes over all images correct them (`led`).
 
 A unit of work is a run of whole classes, so each class's sums are added by one rank in one fixed
 order, and the all-reduce adds zeros: the same bytes on any number of ranks.

@@ -19,8 +19,8 @@ FLOAT64 = 8  # bytes
 
 
 def calibrate(settings: Any, facts: Facts) -> Cost:
-    """A pass over the set a layer, up to that layer; or, with a lead, over the lead, and three over
-    the set; or one pass; or none."""
+    """A pass over the set a layer, up to that layer; or, with a lead, over the lead, and one over
+    the set, three times (which is assumed: it ends when it is close); or one pass; or none."""
     own, seen = settings.calibrate, settings.images
     observer = _measure(settings.observer, seen.resolution)
     held = _weights(observer, facts)

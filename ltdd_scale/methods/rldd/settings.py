@@ -34,7 +34,7 @@ class Calibrate(Settings):
     )
     lead: Whole = option(
         0,
-        "for deep observers: this many images a class go layer after layer, and two or three "
+        "for deep observers: this many images a class go layer after layer, and a few "
         "passes over the set correct them to 0.001 deviations; 0: all images go layer after layer",
         low=0,
     )
