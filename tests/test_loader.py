@@ -106,12 +106,17 @@ def test_the_backend_is_the_one_asked_for_where_the_set_does_not_fit(split, monk
         auto = "dali" if installed else "torch"
         assert backend.resolve_loader(seen()) == backend.backend(split, seen(**large)) == auto
         assert backend.resolve_loader(seen(loader="torch")) == "torch"
+        if installed:
+            for asked in ("dali", "dali-cpu"):
+                assert backend.resolve_loader(seen(loader=asked)) == asked
         assert backend.backend(split, seen()) == "torch", "a set that fits is looked at once"
         assert isinstance(
             loader.open_images(split, seen(loader="torch", **large), CPU, 0), StreamedImages
         )
-    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
-        loader.stream_images(split, seen(loader="dali", **large), CPU, 0)
+    for asked in ("dali", "dali-cpu"):
+        said = f"data.loader={asked}, but .*pip install nvidia-dali-cuda130"
+        with pytest.raises(UserError, match=said):
+            loader.stream_images(split, seen(loader=asked, **large), CPU, 0)
     # A set that fits needs no DALI, whatever was resolved where the run began.
     assert isinstance(loader.stream_images(split, seen(loader="dali"), CPU, 0), StreamedImages)
 
@@ -255,6 +260,14 @@ def test_views_of_an_image_that_follow_each_other_are_cut_from_one_decoding(
     if crop_scale:
         again = list(images.stream([(todo[0][0][:3], todo[0][1][:3])], spec))
         assert (again[0] - found[0][:3]).abs().max() < 1e-6, "alone or in a batch: the same"
+
+
+def test_what_a_gpu_decodes_with_is_known_to_dali():
+    from nvidia.dali import ops
+
+    ops.decoders.ImageSlice(device="mixed", **dali.MIXED)
+    with pytest.raises(KeyError):
+        ops.decoders.ImageSlice(device="mixed", another=1, **dali.MIXED)
 
 
 class Sizes:

@@ -1,8 +1,11 @@
+import datetime
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime import place, ranks
@@ -108,6 +111,20 @@ def test_ranks_that_cannot_work_together_are_refused():
         UserError, match=r"different precisions \(bfloat16: rank 0; float32: rank 1"
     ):
         ranks.refuse_unlike([first, second._replace(precision="float32")])
+
+
+def test_a_collective_of_gpus_that_hangs_ends_and_a_wait_on_cpus_does_not():
+    days = datetime.timedelta(days=2)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=days)
+    try:
+        cpu = torch.device("cpu")
+        backend = dist.group.WORLD._get_backend(cpu)
+        assert backend.options._timeout == days
+        ranks._end_hanging_collectives(cpu)  # of the device that is said, here gloo's
+        assert backend.options._timeout == ranks.HANGS < days
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ranks_compare_what_they_compute_in_before_any_collective(tmp_path):

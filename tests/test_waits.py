@@ -35,11 +35,12 @@ from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Segment
 from ltdd_scale.methods.rldd import calibrate, matched, recover
 from ltdd_scale.methods.rldd.settings import Recover
-from ltdd_scale.models import frozen, registry
+from ltdd_scale.models import frozen, kernels, registry
 from ltdd_scale.models.flat import Flat
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
+from tools.bench_traffic import shapes
 
 GPU = torch.device("meta")
 ALONE = Ranks(0, 1, GPU, None)
@@ -113,9 +114,13 @@ class Watching(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def no_autocast(monkeypatch):
-    """The device "meta" knows none, not even to turn it off."""
+def as_on_a_gpu(monkeypatch):
+    """The device "meta" knows no autocast, not even to turn it off, and none of a GPU's kernels."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: x.device == GPU)
+    library = shapes()
+    yield
+    library._destroy()
 
 
 def pixels(n: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from ltdd_scale.errors import UserError
 if TYPE_CHECKING:
     from ltdd_scale.data.shards import ShardSplit
 
-Loader = Literal["dali", "torch"]
+Loader = Literal["dali", "dali-cpu", "torch"]
 
 
 def dali_is_installed() -> bool:
@@ -37,12 +37,12 @@ def resolve_loader(seen: Seen) -> Loader:
     if seen.loader == "torch":
         return "torch"
     if dali_is_installed():
-        return "dali"
+        return "dali" if seen.loader == "auto" else seen.loader
     if seen.loader == "auto":
         return "torch"
     raise UserError(
-        "data.loader=dali, but nvidia-dali is not installed: pip install nvidia-dali-cuda130 (it "
-        "needs no GPU), or --set data.loader=torch"
+        f"data.loader={seen.loader}, but nvidia-dali is not installed: "
+        "pip install nvidia-dali-cuda130 (it needs no GPU), or --set data.loader=torch"
     )
 
 

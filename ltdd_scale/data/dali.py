@@ -5,8 +5,8 @@ DALI reads and decodes; what it is to decode comes from the plan through `extern
 loader has no state to save, resumes by being given the rest of the plans, and gives the same global
 order on any number of ranks. Of an image as much is decoded as all of its views that follow each
 other need, once; the views are cut out of that. One definition serves CPUs and GPUs (``mixed``
-decoding). On a GPU DALI cuts and resizes too; on a CPU torch does, whose resizing of bytes takes a
-quarter of the time. The two need not give the same bits.
+decoding, or decoding on the CPU). On a GPU DALI cuts and resizes too; on a CPU torch does, whose
+resizing of bytes takes a quarter of the time. The two need not give the same bits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 
 DEPTH = 2  # batches decoded ahead
+# Colour as CPUs and Pillow make it of JPEGs. A GPU's own decoder of JPEGs, where it has one, would
+# get a share of each batch: an image's pixels would depend on what is beside it.
+MIXED: dict[str, Any] = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
 
 
 class _Resizer:
@@ -79,7 +82,13 @@ class _Pipeline:
     """
 
     def __init__(
-        self, batch_size: int, resolution: int, device: torch.device, threads: int, cut: int
+        self,
+        batch_size: int,
+        resolution: int,
+        device: torch.device,
+        threads: int,
+        cut: int,
+        on_cpu: bool,
     ):
         from nvidia.dali import Pipeline
 
@@ -95,7 +104,8 @@ class _Pipeline:
             exec_dynamic=True,
         )
         with self.pipe:
-            images, given = self._decode("mixed" if gpu else "cpu")
+            images, given = self._decode("mixed" if gpu and not on_cpu else "cpu")
+            images = images.gpu() if gpu and on_cpu else images
             views = [
                 self._view(images, *given[k : k + 3], resolution) for k in range(0, len(given), 3)
             ]
@@ -124,6 +134,7 @@ class _Pipeline:
             output_type=_type("RGB"),
             # Pixels as they are stored, which is what Pillow and torchvision show.
             adjust_orientation=False,
+            **(MIXED if device == "mixed" else {}),
         )
         return images, views
 
@@ -193,11 +204,19 @@ class _Pipeline:
 
 
 class DaliImages:
-    """A split decoded by DALI on `threads` CPU threads, or on the GPU."""
+    """A split decoded by DALI on `threads` CPU threads, or on the GPU; with `on_cpu` on the
+    threads, whatever the device."""
 
-    def __init__(self, split: ShardSplit, resolution: int, device: torch.device, threads: int):
+    def __init__(
+        self,
+        split: ShardSplit,
+        resolution: int,
+        device: torch.device,
+        threads: int,
+        on_cpu: bool = False,
+    ):
         self.split, self.resolution, self.device = split, resolution, device
-        self.threads = max(threads, 1)
+        self.threads, self.on_cpu = max(threads, 1), on_cpu
         self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
         self._idle: list[_Pipeline] = []
         self._resizer = _Resizer(resolution, self.threads)
@@ -213,7 +232,8 @@ class DaliImages:
                 return self._idle.pop(k)
         # Another batch has come: the earlier pipelines' buffers are not needed beside it.
         self._idle.clear()
-        return _Pipeline(batch_size, self.resolution, self.device, self.threads, cut)
+        how = (self.resolution, self.device, self.threads, cut, self.on_cpu)
+        return _Pipeline(batch_size, *how)
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order. Plans are asked
@@ -269,7 +289,7 @@ class DaliImages:
         """Which image it was. DALI says only that one failed, and its pipeline is of no further
         use."""
         for i in np.concatenate([piece.decoded for piece in under_way]):
-            alone = _Pipeline(1, self.resolution, self.device, 1, 0)
+            alone = _Pipeline(1, self.resolution, self.device, 1, 0, self.on_cpu)
             (piece,) = pieces((np.asarray([i]), None), self.sizes, True, 1, 0)
             alone.feed = iter([alone.given(self._encoded(piece), piece)])
             try:

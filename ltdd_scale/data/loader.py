@@ -37,9 +37,10 @@ def open_images(split: ShardSplit, seen: Seen, device: torch.device, workers: in
 
 def stream_images(split: ShardSplit, seen: Seen, device: torch.device, workers: int) -> Images:
     """Images decoded as they are needed, by `workers` threads (DALI) or processes (PyTorch)."""
-    if backend(split, seen) == "dali":
+    by = backend(split, seen)
+    if by != "torch":
         threads = min(workers, len(os.sched_getaffinity(0)))
-        return dali.DaliImages(split, seen.resolution, device, threads)
+        return dali.DaliImages(split, seen.resolution, device, threads, on_cpu=by == "dali-cpu")
     return streamed.StreamedImages(split, seen.resolution, device, workers)
 
 

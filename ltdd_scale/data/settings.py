@@ -118,9 +118,10 @@ class Seen(Settings):
         "ones are cropped from the originals",
         low=0,
     )
-    loader: Literal["auto", "dali", "torch"] = option(
+    loader: Literal["auto", "dali", "dali-cpu", "torch"] = option(
         "auto",
-        "what decodes sets too large for memory; auto: DALI where it is installed, else PyTorch",
+        "what decodes sets too large for memory; auto: DALI where it is installed, else PyTorch; "
+        "dali: on the GPU where there is one; dali-cpu: on CPU cores, for a GPU that is busy",
     )
 
 

@@ -1,6 +1,7 @@
 """BatchNorm over the global batch, so that training does not depend on the number of ranks.
 
-torch's own SyncBatchNorm refuses CPU tensors; this one runs on both.
+torch's own SyncBatchNorm refuses CPU tensors, and makes the host wait in each pass; this one runs
+on both, and on a GPU by the same kernels without the wait.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ltdd_scale.models import kernels
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,17 +75,71 @@ class _Normalize(torch.autograd.Function):
         )
 
 
+class _Fused(torch.autograd.Function):
+    """The same for x on a GPU, by the kernels of torch's SyncBatchNorm: a pass over x for the
+    moments and one for the values, whatever the type of x. The running statistics move here."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running: tuple[Tensor, Tensor, float],
+        eps: float,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=kernels.memory_format(x))
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
+        world_size, channels = dist.get_world_size(), len(mean)
+        # A row a rank. The others' rows are zeros here, so the sum is exact: a gathering.
+        rows = torch.zeros(world_size, 2 * channels + 1, device=x.device)
+        rows[dist.get_rank()] = torch.cat([mean, invstd, count])
+        dist.all_reduce(rows)
+        means, invstds, counts = rows.split([channels, channels, 1], 1)
+        running_mean, running_var, momentum = running
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x,
+            means.contiguous(),
+            invstds.contiguous(),
+            running_mean,
+            running_var,
+            momentum,
+            eps,
+            counts.flatten(),
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=kernels.memory_format(x))
+        sums, products, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, invstd, weight, True, True, True
+        )
+        both = torch.cat([sums, products])
+        dist.all_reduce(both)
+        sums, products = both.split(len(sums))
+        dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, sums, products, counts)
+        # The parameters' gradients are this rank's share, as above.
+        return dx, of_weight, of_bias, None, None
+
+
 class _Synced(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         x = input
         tracked, mean_of, var_of = self.num_batches_tracked, self.running_mean, self.running_var
         if not self.training or tracked is None or mean_of is None or var_of is None:
             return super().forward(x)
+        momentum = cast(float, self.momentum)
+        tracked += 1
+        if kernels.on_gpu(x):
+            running = (mean_of, var_of, momentum)
+            return _Fused.apply(x, self.weight, self.bias, running, self.eps)
         with torch.autocast(x.device.type, enabled=False):
             y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
-        momentum = cast(float, self.momentum)
         with torch.no_grad():
-            tracked += 1
             mean_of.lerp_(mean, momentum)
             var_of.lerp_(var * (count / (count - 1)).float(), momentum)
         return y

@@ -24,6 +24,8 @@ from ltdd_scale.runtime import files, place, signals
 
 M = TypeVar("M", bound=torch.nn.Module)
 
+HANGS = datetime.timedelta(minutes=30)  # a collective of GPUs that takes longer
+
 
 @dataclass
 class Ranks:
@@ -230,6 +232,16 @@ def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
         world_size=here.world_size,
         timeout=timeout,
     )
+    if own.kind == "cuda":
+        _end_hanging_collectives(torch.device("cuda"))
+
+
+def _end_hanging_collectives(device: torch.device) -> None:
+    """On GPUs ranks meet in the middle of steps alone, and wait for slow ranks on their CPUs: what
+    takes longer there hangs. NCCL then ends the process, and its launcher starts it again."""
+    group = dist.group.WORLD
+    assert group is not None
+    group._get_backend(device)._set_default_timeout(HANGS)
 
 
 def _meet(folder: Path, here: place.Place, timeout: datetime.timedelta) -> dist.Store:

@@ -105,13 +105,14 @@ def _matching(settings: Any, facts: Facts) -> Cost:
     one = flops.measure(*matched.network_shape(own, seen.resolution))
     groups, each = chunks.groups(facts.num_classes, ipc, own.batch_size, own.chunk_classes)
     shown = own.matching_real * facts.num_classes * each
-    held = max(sum(min(facts.counts[k], matched.HELD) for k in group) for group in groups)
+    most = matched.held(own)
+    held = max(sum(min(facts.counts[k], most) for k in group) for group in groups)
     changed = flops.FLOAT * _images(1, seen)  # an image after the augmentation
     batch = min(own.batch_size, facts.num_classes * ipc)
     real = min(matched.together(own), facts.num_classes) * own.matching_real
     return Cost(
         flops=own.iterations * (shown + 2 * ipc * facts.num_classes) * one.flops,
-        decodes=each * sum(min(n, matched.HELD) for n in facts.counts),
+        decodes=each * sum(min(n, most) for n in facts.counts),
         memory=_images(held, seen) + flops.FLOAT * one.parameters,
         activations=batch * (one.activations + changed) + real * (one.passing + changed),
     )

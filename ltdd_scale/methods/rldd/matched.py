@@ -33,6 +33,11 @@ from ltdd_scale.stage import Given
 HELD = 512  # real images of a class that a chunk draws from, at most
 
 
+def held(settings: Recover) -> int:
+    """The same, where its iterations look at fewer: no image is decoded that none of them sees."""
+    return min(HELD, settings.iterations * settings.matching_real)
+
+
 @dataclass(frozen=True)
 class Source:
     """What all chunks share. `strategy`: the changes that an iteration draws one of."""
@@ -46,8 +51,9 @@ class Source:
 
     def of(self, chunk: Chunk) -> Matched:
         """The term of `chunk`, with the real images of its classes."""
-        held = self.real.some(chunk.classes, HELD, self.seed, "recover held")
-        return Matched(self, chunk.number, *held)
+        most = held(self.settings)
+        real = self.real.some(chunk.classes, most, self.seed, "recover held")
+        return Matched(self, chunk.number, *real)
 
 
 @dataclass(frozen=True)

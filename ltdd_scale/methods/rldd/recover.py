@@ -193,7 +193,7 @@ def _state(
         "iteration": iteration,
         "images": x.detach(),
         "optimizer": optimizer.state_dict(),
-        "average": dict(alignment.average),
+        "average": alignment.average,
     }
 
 
