@@ -28,12 +28,24 @@ LOOKING = (
     "config",
 )
 
+NO_DEADLINE = "--deadline goes with --dry-run: it says what to ask for"
+
 
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected K/N with 0 <= K < N, such as 0/4")
     return int(k), int(n)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected hours, such as 4 or 0.5")
+    return hours
 
 
 def _clustered(p: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -48,6 +60,12 @@ def _clustered(p: argparse.ArgumentParser, default: str | None = None) -> None:
         "--dry-run",
         action="store_true",
         help="print the jobs, their sbatch lines and the estimated GPU-hours; submit nothing",
+    )
+    p.add_argument(
+        "--deadline",
+        type=_hours,
+        metavar="HOURS",
+        help="with --dry-run: how many GPUs for each job meet it for the fewest GPU-hours",
     )
     p.add_argument(
         "--wait", action="store_true", help="stay until the jobs are over (they go on without it)"
@@ -262,7 +280,8 @@ def _targets(args: argparse.Namespace) -> tuple[str, ...]:
 def _options(args: argparse.Namespace):
     from ltdd_scale.launch import commands
 
-    names = ("cluster", "profile", "dry_run", "wait", "nproc", "quiet", "max_jobs", "force")
+    names = ("cluster", "profile", "dry_run", "deadline", "wait", "nproc")
+    names += ("quiet", "max_jobs", "force")
     return commands.Options(**{n: getattr(args, n) for n in names if hasattr(args, n)})
 
 
@@ -275,10 +294,13 @@ def _work(args: argparse.Namespace) -> int:
     if args.nproc is not None and args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: at least 1")
     clustered = args.command == "run" and args.cluster
-    if args.command == "run" and not clustered and (args.dry_run or args.wait or args.profile):
+    asked = args.command == "run" and (args.dry_run or args.wait or args.profile or args.deadline)
+    if asked and not clustered:
         raise UserError(
-            "--profile, --dry-run and --wait go with --cluster slurm or --cluster local"
+            "--profile, --dry-run, --deadline and --wait go with --cluster slurm or --cluster local"
         )
+    if clustered and args.deadline and not args.dry_run:
+        raise UserError(NO_DEADLINE)
     if clustered and args.part:
         raise UserError(
             "--part and --cluster do not go together: a profile's array makes the parts"
@@ -328,6 +350,8 @@ def _look(args: argparse.Namespace) -> int:
         case "sweep":
             from ltdd_scale.launch import commands
 
+            if args.deadline and not args.dry_run:
+                raise UserError(NO_DEADLINE)
             signals.install(term_saves=place.here().notified)
             where = (args.out, args.store)
             more = (args.report, args.data_root)

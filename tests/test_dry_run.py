@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+import yaml
 from conftest import ROOT, TINY, cli, image_folder, said_plainly
 
 from ltdd_scale import recipe
@@ -12,11 +13,11 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import sources
 from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.launch import devices, estimate, sweep
-from ltdd_scale.launch.jobs import Point
+from ltdd_scale.launch import deadline, devices, estimate, sweep
+from ltdd_scale.launch.jobs import Job, Point
 from ltdd_scale.launch.parts import PARTS, part_of
 from ltdd_scale.pipeline import graph
-from ltdd_scale.stage import Cost, Division, Stage
+from ltdd_scale.stage import Cost, Division, Resources, Stage
 
 CONFIGS = ROOT / "configs"
 PUBLISHED = sorted((CONFIGS / "published").glob("*.yaml"))
@@ -275,3 +276,117 @@ def test_an_expert_decodes_what_does_not_fit_and_waits_for_batchnorm():
     held = load.load(CONFIGS / "imagenet_lt_if256_ipc10.yaml", ["data.memory_gb=99"])
     node = graph.build(recipe.stages(held, "x"), held)["observer"]
     assert estimate.limits.costs([node], facts)["observer"].decodes == facts.num_images
+
+
+# What two experts, side by side, chunks and a report take on one device, and the share of a
+# device's speed that is left where they work together.
+ALONE = {"a": (80.0, 0.8), "b": (40.0, 0.8), "chunks": (40.0, 1.0), "report": (5.0, 1.0)}
+
+
+def jobs():
+    return [
+        Job("a", "a"),
+        Job("b", "b"),
+        Job("chunks", "chunks", needs=["a", "b"]),
+        Job("report", "report", needs=["chunks"]),
+    ]
+
+
+def kinds(made):
+    def stage(name):
+        how = {"chunks": (Division.CHUNKS, Resources.NODE), "report": (Division.ONE, Resources.CPU)}
+        division, resources = how.get(name, (Division.RANKS, Resources.NODES))
+        return Stage(
+            name=name, kind=name, version=1, run="", division=division, resources=resources
+        )
+
+    def seconds(job, number):
+        alone, kept = ALONE[job.name]
+        return alone / (number * (kept if number > 1 else 1))
+
+    return [deadline.Kind(job.stage, (job,), stage(job.name), seconds) for job in made]
+
+
+def test_the_longest_chain_is_what_is_waited_for():
+    made = jobs()
+    each = {name: alone for name, (alone, _) in ALONE.items()}
+    assert deadline.chain(made, each) == (125.0, ["a", "chunks", "report"])
+    assert deadline.chain(made, {**each, "a": 1.0}) == (85.0, ["b", "chunks", "report"])
+    assert deadline.chain([], {}) == (0.0, [])
+
+
+@pytest.mark.parametrize("seconds", [1000, 125, 110, 60, 30, 12])
+def test_a_deadline_is_met_for_about_the_least(seconds):
+    made = jobs()
+    own = kinds(made)
+    found, met = deadline.choose(made, own, 4, seconds)
+    every = []
+    for numbers in itertools.product(*(kind.numbers(4) for kind in own)):
+        by_job = {k.name: k.seconds(k.jobs[0], n) for k, n in zip(own, numbers, strict=True)}
+        if deadline.chain(made, by_job)[0] <= seconds:
+            every.append(sum(k.cost(n) for k, n in zip(own, numbers, strict=True)))
+    assert met and found.seconds <= seconds
+    assert min(every) <= found.cost <= 1.05 * min(every)
+    if seconds == 1000:
+        assert set(found.numbers.values()) == {1}, "no more devices than the deadline asks for"
+    if seconds == 110:  # chunks share out what they do without loss
+        assert found.numbers == {"a": 1, "b": 1, "chunks": 2, "report": 1}
+
+
+def test_a_deadline_that_cannot_be_met_says_the_fastest():
+    made = jobs()
+    found, met = deadline.choose(made, kinds(made), 4, 5)
+    assert not met and found.seconds == pytest.approx(80 / 64 / 0.8 + 40 / 64 + 5)
+    assert found.numbers["report"] == 1
+
+
+def test_what_a_profile_gets_for_a_deadline():
+    from ltdd_scale.launch.profile import Profile
+
+    own = kinds(jobs())
+    chosen = deadline.Choice({"a": 16, "b": 2, "chunks": 8, "report": 1}, 0.0, 0.0)
+    assert deadline.lines(chosen, own, Profile(gpus_per_node=4)) == [
+        "stages:",
+        "  a: {nodes: 4}",
+        "  b: {gpus_per_node: 2}",
+        "  chunks: {gpus_per_node: 1, array: 8}",
+    ]
+
+
+def test_a_dry_run_with_a_deadline(absent, tmp_path):
+    """The lines are those of a profile, and with them the jobs take no longer."""
+    profile = ROOT / "slurm/dedicated.yaml"
+    config = CONFIGS / "imagenet_lt_if256_ipc10.yaml"
+    where = ["--out", tmp_path / "o", "--cluster", "slurm", "--dry-run"]
+    done = cli("run", config, *where, "--profile", profile, "--deadline", "3")
+    assert done.returncode == 0, done.stderr
+    said, _, rest = done.stdout.partition("by a deadline of 3 h: ")[2].partition("stages:\n")
+    assert "GPU-hours, done in 2:" in said
+    stages = yaml.safe_load(rest.partition("\n\n")[0])
+    (tmp_path / "p.yaml").write_text(
+        yaml.safe_dump({**yaml.safe_load(profile.read_text()), "stages": stages})
+    )
+    again = cli("run", config, *where, "--profile", tmp_path / "p.yaml")
+    number = stages["observer"]["gpus_per_node"]
+    line = next(x for x in again.stdout.splitlines() if x.startswith("observer "))
+    assert f"on {number} GPUs" in line
+    hurried = cli("run", config, *where, "--profile", profile, "--deadline", "0.1")
+    assert "not in 0.1 h with up to 64 GPUs a job: " in hurried.stdout
+    # Preemptions take time, and no GPU-hours.
+    often = {**yaml.safe_load(profile.read_text()), "preempted_hours": 1, "requeue_minutes": 30}
+    (tmp_path / "often.yaml").write_text(yaml.safe_dump(often))
+    slow = cli("run", config, *where, "--profile", tmp_path / "often.yaml")
+    assert "Preempted jobs wait 50% on top" in slow.stdout
+    first, last = (
+        next(x for x in shown.stdout.splitlines() if x.startswith("| 1 GPU ")).split("|")
+        for shown in (done, slow)
+    )
+    assert first[3] == last[3] and first[2] != last[2]
+    said_plainly(cli("run", config, "--deadline", "3"), "go with --cluster")
+    said_plainly(
+        cli("run", config, "--cluster", "slurm", "--profile", profile, "--deadline", "3"),
+        "--deadline goes with --dry-run",
+    )
+    said_plainly(cli("sweep", absent, "--deadline", "3"), "--deadline goes with --dry-run")
+    wrong = cli("sweep", absent, "--dry-run", "--deadline", "soon")
+    assert wrong.returncode == 2 and "expected hours, such as 4 or 0.5" in wrong.stderr

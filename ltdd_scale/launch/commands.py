@@ -34,12 +34,13 @@ POLL = 5.0  # seconds between two looks at the queue: 12 calls a minute
 
 @dataclass(frozen=True)
 class Options:
-    """How jobs are made. `profile`: a file. `nproc`: ranks of a job on this machine. `max_jobs`:
-    jobs at a time; None: as the sweep's file says."""
+    """How jobs are made. `profile`: a file. `deadline`: hours, of a dry run. `nproc`: ranks of a
+    job on this machine. `max_jobs`: jobs at a time; None: as the sweep's file says."""
 
     cluster: str
     profile: Path | None = None
     dry_run: bool = False
+    deadline: float | None = None
     wait: bool = False
     nproc: int | None = None
     quiet: bool = False
@@ -69,7 +70,8 @@ def run(options: Options, request: Request, absent: bool = False) -> int:
     made = Campaign(work.config.name, work.out / "jobs", work.store, options.cluster, [point])
     campaign.make(made, wants, force=options.force)
     if options.dry_run:
-        return dry_run.show(made, wants, 0, {point.name} if absent else set())
+        lacking = {point.name} if absent else set()
+        return dry_run.show(made, wants, 0, lacking, options.deadline)
     _check(made)
     session.enter(work)  # only now: a request that is refused leaves the run folder as it was
     code = _start(made, options, wants, 0)
@@ -102,7 +104,7 @@ def run_sweep(
     if not report_only:
         max_jobs = found.max_jobs if options.max_jobs is None else options.max_jobs
         if options.dry_run:
-            return dry_run.show(made, wants, max_jobs, absent)
+            return dry_run.show(made, wants, max_jobs, absent, options.deadline)
         for name, why in made.refused.items():
             print(f"point {name} is refused: {why}", flush=True)
         _check(made)

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ltdd_scale import __version__
-from ltdd_scale.launch import campaign, devices, estimate
+from ltdd_scale.launch import campaign, deadline, devices, estimate
 from ltdd_scale.launch.campaign import Campaign
+from ltdd_scale.launch.deadline import NUMBERS, Kind
 from ltdd_scale.launch.devices import Device
 from ltdd_scale.launch.estimate import Taken
 from ltdd_scale.launch.jobs import Job
@@ -22,7 +23,6 @@ from ltdd_scale.runtime.progress import duration
 from ltdd_scale.stage import Cost, Division
 
 HOUR = 3600.0
-NUMBERS = (1, 2, 4, 8, 16, 32, 64)  # devices, in the last table
 Costs = dict[str, dict[str, Cost] | None]
 
 
@@ -34,8 +34,29 @@ class Work:
     cost: Cost
 
 
-def show(made: Campaign, wants: Profile, max_jobs: int, absent: set[str]) -> int:
-    """Print it and return the exit code. `absent`: points whose images are not here."""
+@dataclass(frozen=True)
+class Machine:
+    """What jobs run on. `cores` of each device; `lost`: the share of a job's time that it waits,
+    preempted, on top of the time that it runs."""
+
+    device: Device
+    cores: int
+    lost: float
+
+    @property
+    def unit(self) -> str:
+        return "core" if self.device.name == "cpu" else "GPU"
+
+
+def show(
+    made: Campaign,
+    wants: Profile,
+    max_jobs: int,
+    absent: set[str],
+    hours: float | None = None,
+) -> int:
+    """Print it and return the exit code. `absent`: points whose images are not here. `hours`: what
+    is cheapest by this deadline is said too."""
     known = estimate.all_facts(made.points, made.store)
     for line in estimate.surprises(made.points, known):
         print(f"warning: {line}", file=sys.stderr)
@@ -45,19 +66,22 @@ def show(made: Campaign, wants: Profile, max_jobs: int, absent: set[str]) -> int
         f"{made.name}: {len(scripts)} of {len(made.jobs)} jobs are left "
         f"(ltdd_scale {__version__})\n"
     )
-    device, cores = devices.of(wants, made.cluster == "local"), wants.cpus_per_task
+    on = _machine(made, wants)
     if any(costs.values()):
-        unit, table = _unit(device), _table(made, costs, device, cores)
+        unit, table = on.unit, _table(made, costs, on)
         print(f"{unit[:1].upper()}{unit[1:]}-hours of each point, were it alone:\n\n{table}\n")
     left = _left(made, costs)
     work = {job.name: [left.pop(n) for n in job.nodes if n in left] for job in made.jobs}
     for job in made.jobs:
         if job.name in scripts:
-            print(_line(job, scripts, work[job.name], device))
+            print(_line(job, scripts, work[job.name], on))
     for name, text in scripts.items():
         print(f"\n# ---- {name}\n{text.rstrip()}")
     if any(work[name] for name in scripts):
-        _say_all([work[name] for name in scripts], device, cores)
+        _say_all([work[name] for name in scripts], on)
+        if hours is not None:
+            left_jobs = [job for job in made.jobs if job.name in scripts]
+            _say_cheapest(left_jobs, work, wants, on, hours)
     if absent:
         few = f" of {len(absent)} points" if len(made.points) > 1 else ""
         print(
@@ -79,11 +103,13 @@ def _say_unknown(made: Campaign, costs: Costs) -> None:
         )
 
 
-def _unit(device: Device) -> str:
-    return "core" if device.name == "cpu" else "GPU"
+def _machine(made: Campaign, wants: Profile) -> Machine:
+    device = devices.of(wants, made.cluster == "local")
+    lost = wants.requeue_minutes / 60 / wants.preempted_hours if wants.preempted_hours else 0.0
+    return Machine(device, wants.cpus_per_task, lost)
 
 
-def _table(made: Campaign, costs: Costs, device: Device, cores: int) -> str:
+def _table(made: Campaign, costs: Costs, on: Machine) -> str:
     """Hours of one device of each point by part, and of all with what they share counted once."""
     everything: dict[str, tuple[str, float]] = {}  # folder → part and seconds
     rows = [["point", *PARTS, "all"]]
@@ -94,7 +120,7 @@ def _table(made: Campaign, costs: Costs, device: Device, cores: int) -> str:
         mine = {}
         for name, cost in of.items():
             node = point.nodes[name]
-            seconds = estimate.taken(cost, node.stage, device, 1, cores).seconds
+            seconds = estimate.taken(cost, node.stage, on.device, 1, on.cores).seconds
             mine[node.where] = part_of(node.stage), seconds
         everything |= mine
         rows.append([point.name or made.name, *_by_part(mine)])
@@ -126,41 +152,81 @@ def _left(made: Campaign, costs: Costs) -> dict[str, Work]:
     return left
 
 
-def _takes(work: Iterable[Work], device: Device, number: int, cores: int) -> Taken:
-    """What the work of a job takes on `number` devices."""
+def _takes(work: Iterable[Work], on: Machine, number: int, cores: int = 0) -> Taken:
+    """What the work of a job takes on `number` devices, which run all the time. `cores` of each,
+    where it is not the machine's."""
     alone, dealt = [], []
     for one in work:
-        found = estimate.taken(one.cost, one.node.stage, device, number, cores)
-        (dealt if one.node.stage.division is Division.UNITS else alone).append(found)
+        stage = one.node.stage
+        found = estimate.taken(one.cost, stage, on.device, number, cores or on.cores)
+        (dealt if stage.division is Division.UNITS else alone).append(found)
     every = [*alone, estimate.of_many(dealt, number)]
     longest = max(every, key=lambda found: found.seconds)
     return Taken(sum(found.seconds for found in every), longest.bound)
 
 
-def _line(job: Job, scripts: dict[str, str], work: list[Work], device: Device) -> str:
+def _line(job: Job, scripts: dict[str, str], work: list[Work], on: Machine) -> str:
     many = f" × {job.elements}" if job.elements > 1 else ""
     needs = [n for n in job.needs if n in scripts]
     after = f"   after {', '.join(needs)}" if needs else ""
     number = job.elements * job.wants.nodes * job.wants.tasks_per_node
-    found = _takes(work, device, number, job.wants.cpus_per_task) if work else Taken()
+    found = _takes(work, on, number, job.wants.cpus_per_task) if work else Taken()
     if not found.seconds:
         return f"{job.name}{many}{after}"
-    on = f" on {number} {_unit(device)}s" if number > 1 else ""
-    return f"{job.name}{many}{after}   about {duration(found.seconds)}{on} ({found.bound})"
+    devices = f" on {number} {on.unit}s" if number > 1 else ""
+    took = duration(found.seconds * (1 + on.lost))
+    return f"{job.name}{many}{after}   about {took}{devices} ({found.bound})"
 
 
-def _say_all(work: list[list[Work]], device: Device, cores: int) -> None:
+def _say_all(work: list[list[Work]], on: Machine) -> None:
     """How long all jobs take one after the other, on more and more devices."""
-    unit, rows = _unit(device), [["", "time", "hours of all", "bound by"]]
+    unit, rows = on.unit, [["", "time", "hours of all", "bound by"]]
     for number in NUMBERS:
-        found = [_takes(of, device, number, cores) for of in work if of]
+        found = [_takes(of, on, number) for of in work if of]
         seconds = sum(one.seconds for one in found)
         longest = max(found, key=lambda one: one.seconds)
         many = f"{number} {unit}{'s' * (number > 1)}"
-        rows.append([many, duration(seconds), _hours(seconds * number / HOUR), longest.bound])
+        took = duration(seconds * (1 + on.lost))
+        rows.append([many, took, _hours(seconds * number / HOUR), longest.bound])
+    device = on.device
     print(
         f"\nestimated, one job after the other:\n\n{markdown(rows)}\n\n"
         f"{device.name}: {device.flops / 1e12:.3g} TFLOP/s ({device.source}); "
-        f"{estimate.DECODED:.0f} images a second and core, {cores} a {unit}. "
-        "The queue and preemptions are not counted."
+        f"{estimate.DECODED:.0f} images a second and core, {on.cores} a {unit}. {_waits(on)}"
     )
+
+
+def _waits(on: Machine) -> str:
+    if not on.lost:
+        return "The queue and preemptions are not counted."
+    return f"Preempted jobs wait {on.lost:.0%} on top; the queue before they start is not counted."
+
+
+def _say_cheapest(
+    jobs: list[Job], work: dict[str, list[Work]], wants: Profile, on: Machine, hours: float
+) -> None:
+    """The fewest device-hours with which `jobs` are done in `hours`, as lines of a profile."""
+    kinds = []
+    for stage in dict.fromkeys(job.stage for job in jobs):
+        of = tuple(job for job in jobs if job.stage == stage)
+        made = next((one.node.stage for job in of for one in work[job.name]), None)
+        kinds.append(Kind(stage, of, made, lambda job, n: _whole(work[job.name], on, n)))
+    per_node = max(wants.gpus_per_node, 1)
+    found, met = deadline.choose(jobs, kinds, per_node, hours * HOUR)
+    unit, took = on.unit, duration(found.seconds)
+    if not met:
+        print(
+            f"\nnot in {hours:g} h with up to {NUMBERS[-1]} {unit}s a job: {took} at the fastest, "
+            "with jobs side by side that do not need each other"
+        )
+        return
+    cost = _hours(found.cost / (1 + on.lost) / HOUR)
+    print(
+        f"\nby a deadline of {hours:g} h: {cost} {unit}-hours, done in {took}, with jobs side by "
+        "side that do not need each other. In the profile:\n"
+    )
+    print("\n".join(deadline.lines(found, kinds, wants)))
+
+
+def _whole(work: list[Work], on: Machine, number: int) -> float:
+    return _takes(work, on, number).seconds * (1 + on.lost) if work else 0.0

@@ -68,6 +68,12 @@ class Profile(Resources):
     tflops: Number = option(
         0.0, "what a device reaches, for a dry run only; 0: what is known of `device`", low=0
     )
+    preempted_hours: Number = option(
+        0.0, "a running job is preempted once in so many hours, for a dry run only; 0: never", low=0
+    )
+    requeue_minutes: Number = option(
+        10.0, "minutes until a preempted job runs again, for a dry run only", low=0
+    )
     setup: list[Text] = option([], "lines of shell before the work: module load …")
     env: dict[str, Text] = option({}, "environment variables of the jobs")
     srun_args: list[Text] = option(
