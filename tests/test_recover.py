@@ -8,6 +8,7 @@ from torch import nn
 
 from ltdd_scale.data import distilled, siamese
 from ltdd_scale.data.distilled import Distilled
+from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.shards import ShardSplit, square
 from ltdd_scale.errors import UserError
 from ltdd_scale.methods.matching import features
@@ -590,6 +591,29 @@ def test_of_a_large_class_some_images_are_held(store):
     assert real.some((0,), 100, 0, "held")[1] == [split.counts[0]]
 
 
+def test_real_images_that_many_chunks_look_at_are_decoded_once(store):
+    """Held where they fit, and the same to the byte."""
+    config = configured()
+    context = Context(rldd_tools.ALONE, store, {"shard": store / "shard"}, "by hand", workers=0)
+    number = len(ShardSplit(store / "shard", "train"))
+    found = {}
+    for name, looks, memory_gb in (
+        ("seldom", number, 4.0),
+        ("often", number + 1, 4.0),
+        ("too large", number + 1, 0.0),
+    ):
+        seen = config.data.model_copy(update={"memory_gb": memory_gb})
+        _, real = open_real(3, 0, seen, context, lambda counts, n=looks: n)
+        assert isinstance(real.images, MemoryImages) == (name == "often")
+        found[name] = real.some((7, 0), 5, 0, "held")[0]
+    assert torch.equal(found["seldom"], found["often"])
+    chunk = chunks.Chunk(0, tuple(range(10)), 0, 1)
+    settings = recover_settings()
+    for mine, held in (([chunk], False), ([chunk, chunk], True)):
+        opened = matched.source(settings, context, mine).real.images
+        assert isinstance(opened, MemoryImages) == held
+
+
 def test_no_iterations_keep_the_initial_images(store, tmp_path):
     rldd_tools.run("recover", configured(iterations=0), store, out=tmp_path)
     assert files(tmp_path) == files(store / "initialize")
@@ -602,7 +626,7 @@ def test_conv_inputs_are_aligned_too(store):
     inputs = {role: store / source for role, source in stage.inputs.items()}
     context = Context(rldd_tools.ALONE, store, inputs, "by hand")
     split = ShardSplit(store / "shard", "train")
-    material = recover.load(settings_of(stage, config), context, split)
+    material = recover.load(settings_of(stage, config), context, split, [])
     kinds = [type(layer) for layer in material.layers.values()]
     assert kinds == [nn.BatchNorm2d] * 3 + [nn.Conv2d] * 2
 
@@ -639,7 +663,7 @@ def test_costs_grow_with_the_work():
     assert less.memory < plain["recover"].memory and less.disk == plain["recover"].disk
     few, many = (
         function("ltdd_scale.methods.rldd.cost:recover")(settings, Facts((n, 7000, 5)))
-        for settings in [recover_settings()]
+        for settings in [recover_settings(memory_gb=0)]
         for n in (1000, 100_000)
     )
     assert few == many, "real images that are held and looked at do not grow with the set"
@@ -653,8 +677,10 @@ def test_costs_grow_with_the_work():
     assert unguarded.activations == watched.activations
 
 
-def recover_settings(**changes):
+def recover_settings(memory_gb=4.0, **changes):
     config = rldd_tools.config(recover=Recover(**changes))
+    data = config.data.model_copy(update={"memory_gb": memory_gb})
+    config = config.model_copy(update={"data": data})
     return settings_of(next(s for s in RLDD.stages(config) if s.name == "recover"), config)
 
 

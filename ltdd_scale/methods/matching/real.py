@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ltdd_scale.data import chosen, distilled, whitening
 from ltdd_scale.data.augment import ViewSpec
+from ltdd_scale.data.backend import fits_memory
 from ltdd_scale.data.images import Images
-from ltdd_scale.data.loader import stream_images
+from ltdd_scale.data.loader import open_images, stream_images
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.whitening import Whitening
@@ -140,14 +141,26 @@ class RealSet:
         return [{"image": int(i), "source": self.names[i]} for i in self.start[label]]
 
 
-def open_real(ipc: int, seed: int, seen: Seen, context: Context) -> tuple[Pixels, RealSet]:
+def open_real(
+    ipc: int,
+    seed: int,
+    seen: Seen,
+    context: Context,
+    looks: Callable[[np.ndarray], int] | None = None,
+) -> tuple[Pixels, RealSet]:
     """The real set of the input "shard". Where the images start does not depend on what they
     become: they are the random real images that a student of the same seed is trained on for
-    comparison."""
+    comparison.
+
+    `looks`: from the images of each class, how many this rank will decode; where that is more than
+    there are and they fit in memory, they are decoded once and held.
+    """
     device = context.ranks.device
     split = ShardSplit(context.input("shard"), "train")
     num_classes = len(split.classes)
     start = chosen.random_real(split.labels, num_classes, ipc, seed).reshape(num_classes, ipc)
-    images = stream_images(split, seen, device, context.workers)
+    often = looks is not None and looks(split.counts) > len(split)
+    opened = open_images if often and fits_memory(split, seen) else stream_images
+    images = opened(split, seen, device, context.workers)
     real = RealSet(images, split.labels, split.names, start, seen.resolution, device)
     return Pixels.of(split, device, context.inputs.get("zca")), real

@@ -100,7 +100,8 @@ def recover(settings: Any, facts: Facts) -> Cost:
 
 def _matching(settings: Any, facts: Facts) -> Cost:
     """What the matching term adds: a pass over real images of each class of a chunk, forward and
-    back over the chunk's own. What is held of a class is bounded."""
+    back over the chunk's own. What a chunk holds of a class is bounded; where all chunks would
+    decode more images than there are, and these fit in memory, all are held."""
     own, seen, ipc = settings.recover, settings.images, settings.ipc
     one = flops.measure(*matched.network_shape(own, seen.resolution))
     groups, each = chunks.groups(facts.num_classes, ipc, own.batch_size, own.chunk_classes)
@@ -110,10 +111,12 @@ def _matching(settings: Any, facts: Facts) -> Cost:
     changed = flops.FLOAT * _images(1, seen)  # an image after the augmentation
     batch = min(own.batch_size, facts.num_classes * ipc)
     real = min(matched.together(own), facts.num_classes) * own.matching_real
+    decodes = each * sum(min(n, most) for n in facts.counts)
+    whole = _decoded(seen, facts) if decodes > facts.num_images else 0.0
     return Cost(
         flops=own.iterations * (shown + 2 * ipc * facts.num_classes) * one.flops,
-        decodes=each * sum(min(n, most) for n in facts.counts),
-        memory=_images(held, seen) + flops.FLOAT * one.parameters,
+        decodes=facts.num_images if whole else decodes,
+        memory=whole + _images(held, seen) + flops.FLOAT * one.parameters,
         activations=batch * (one.activations + changed) + real * (one.passing + changed),
     )
 

@@ -10,6 +10,7 @@ augmentation and real images are new in each iteration, and keyed by (seed, chun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,10 +96,14 @@ class Matched:
         return distance(torch.cat(goals), found) / found.numel()
 
 
-def source(settings: Given, context: Context) -> Source:
-    """What the stage's chunks are matched with."""
-    seen = settings.images
-    pixels, real = open_real(settings.ipc, settings.seed, seen, context)
+def source(settings: Given, context: Context, mine: Sequence[Chunk]) -> Source:
+    """What the chunks `mine`, this rank's, are matched with."""
+    seen, most = settings.images, held(settings.recover)
+
+    def looks(counts: np.ndarray) -> int:
+        return sum(int(np.minimum(counts[list(chunk.classes)], most).sum()) for chunk in mine)
+
+    pixels, real = open_real(settings.ipc, settings.seed, seen, context, looks)
     strategy = siamese.choices(siamese.ALL, seen.mirror)
     return Source(real, pixels, settings.recover, settings.seed, strategy, context.ranks)
 

@@ -12,7 +12,7 @@ same bytes on any number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,8 +245,8 @@ class Material:
         return Alignment(self.layers, targets, settings)
 
 
-def load(settings: Given, context: Context, split: ShardSplit) -> Material:
-    """The networks and the statistics that the stage's inputs hold."""
+def load(settings: Given, context: Context, split: ShardSplit, mine: Sequence[Chunk]) -> Material:
+    """The networks and the statistics that the stage's inputs hold, for the chunks `mine`."""
     recover, seen, ranks = settings.recover, settings.images, context.ranks
     calibrated = context.input("calibrate")
     observer, teacher = frozen.load(calibrated / "observer.pt", ranks), None
@@ -271,7 +271,7 @@ def load(settings: Given, context: Context, split: ShardSplit) -> Material:
     )
     spec = ViewSpec(seen.resolution, tuple(recover.crop_scale), mirror=seen.mirror)
     made_of = (objective, layers, statistics, settings.variance, mean, std, spec, settings.seed)
-    return Material(*made_of, matched.source(settings, context) if recover.matching else None)
+    return Material(*made_of, matched.source(settings, context, mine) if recover.matching else None)
 
 
 def run(settings: Given, context: Context) -> dict[str, Any]:
@@ -292,7 +292,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     # Provenance is written after the images: both are there, or the class is put together again.
     finished = all(distilled.provenance_file(context.out, c).exists() for c in classes)
     if not ranks.broadcast(finished):
-        _recover_chunks(load(settings, context, split), initial, context, work)
+        mine = context.mine(work)
+        _recover_chunks(load(settings, context, split, mine), initial, context, mine)
         if context.part:
             return {}  # classes are put together when the chunks of all parts are there
         ranks.barrier()
@@ -322,10 +323,10 @@ def _stops(folder: Path, work: list[Chunk]) -> dict[str, int]:
 
 
 def _recover_chunks(
-    material: Material, initial: distilled.Distilled, context: Context, work: list[Chunk]
+    material: Material, initial: distilled.Distilled, context: Context, mine: Sequence[Chunk]
 ) -> None:
-    """This rank's chunks, each into its file."""
-    mine, steps = context.mine(work), material.objective.settings.iterations
+    """The chunks `mine`, this rank's, each into its file."""
+    steps = material.objective.settings.iterations
     progress = context.progress("recover", len(mine) * max(steps, 1), "iterations", stops=False)
     for position, chunk in enumerate(mine):
         signals.check()
