@@ -19,6 +19,8 @@ from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.experts import batches, engine, recipes, train
 from ltdd_scale.experts.settings import Engine, Expert
+from ltdd_scale.experts.trajectories import descent, orders
+from ltdd_scale.experts.trajectories.settings import Trajectory
 from ltdd_scale.judging import training
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels import hard, learned, online, single, stored
@@ -33,8 +35,8 @@ from ltdd_scale.methods.matching import segments
 from ltdd_scale.methods.matching.real import Pixels, RealClass
 from ltdd_scale.methods.matching.settings import Unrolled
 from ltdd_scale.methods.matching.unroll import Segment
-from ltdd_scale.methods.rldd import calibrate, matched, recover
-from ltdd_scale.methods.rldd.settings import Recover
+from ltdd_scale.methods.rldd import calibrate, initialize, matched, recover
+from ltdd_scale.methods.rldd.settings import Initialize, Recover
 from ltdd_scale.models import frozen, kernels, registry
 from ltdd_scale.models.flat import Flat
 from ltdd_scale.runtime.checkpoint import Checkpoints
@@ -197,11 +199,14 @@ def test_siamese_augmentation(kind):
     assert watching.kernels > 2
 
 
-def labels_of(kind: str, images: MemoryImages, views: Views, topk: int):
+def maker_of(images: MemoryImages, views: Views, relabel: Relabel) -> Maker:
     teacher = frozen.Frozen(expert("instance").eval().requires_grad_(False), {}, ALONE)
-    spec, relabel = view_spec(views, SIZE, True), Relabel(topk=topk, adjust=False)
     made_of = (relabel, CLASSES, images.counts, 0, 2, ALONE, np.zeros((11, CLASSES), np.float32))
-    maker = Maker(images, teacher, normal(), spec, views, *made_of)
+    return Maker(images, teacher, normal(), view_spec(views, SIZE, True), views, *made_of)
+
+
+def labels_of(kind: str, images: MemoryImages, views: Views, topk: int):
+    maker = maker_of(images, views, Relabel(topk=topk, adjust=False))
     if kind == "stored":
         values = np.zeros((11, topk + 1 if topk else CLASSES), np.float16)
         packed = {"values": values, "classes": np.zeros((11, topk), np.int16)}
@@ -290,6 +295,48 @@ def test_a_chunk_of_recovered_images(changes):
             images = recover.recover_chunk(material.objective, batch, alignment)
         images = material.objective.settled(batch, images)
     assert watching.kernels > 200 and images.device == GPU
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_crops_that_a_teacher_judges(described):
+    """All crops of a class: the host reads what it chooses by once, at the end."""
+    teacher = frozen.Frozen(expert("instance").eval().requires_grad_(False), {}, ALONE)
+    images, own = held(6), Initialize(batch_size=4)
+    spec = ViewSpec(SIZE, (0.5, 1.0))
+    crops = initialize.Crops(images, teacher, normal(), spec, own, 2, 0)
+    indices = np.repeat(np.arange(6), 2)
+    views = spec.draw(rng(0), images.sizes[indices])
+    with Watching() as watching:
+        scores, features = initialize.seen(crops, 1, indices, views, described)
+    assert scores.shape == (12,) and len(features) == 12 * described
+    assert watching.kernels > 100
+
+
+def test_labels_that_are_a_mean_over_views():
+    images = held()
+    maker = maker_of(images, Views(), Relabel(views=3, adjust=False))
+    with Watching() as watching:
+        assert single.mean_logits(maker).shape == (11, CLASSES)
+    assert watching.kernels > 100
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "gsam"])
+def test_a_step_of_an_expert_trajectory(optimizer):
+    own = Trajectory(optimizer=optimizer, batch_size=4, momentum=0.9, weight_decay=0.1)
+    flat = Flat("convnet3", 4, "instance", SIZE, CLASSES)
+    about = (normal(), siamese.choices(siamese.ALL), SIZE, GPU, ("t",))
+    course = descent.Batches(held(), orders.Uniform(11, 4, "t"), *about)
+    theta = flat.initial(0).to(GPU)
+    velocity = torch.zeros_like(theta)
+
+    def loss(at, x, y):
+        return F.cross_entropy(flat.logits(at, x), y)
+
+    with Watching() as watching:
+        for x, y in course.steps(0, 2):
+            value, gradient = descent.direction(own, theta, lambda at, x=x, y=y: loss(at, x, y))
+            theta, velocity = descent.advance(own, theta, velocity, gradient)
+    assert watching.kernels > 100 and value.device == theta.device == GPU
 
 
 def test_calibration(tmp_path):
