@@ -19,13 +19,14 @@ from ltdd_scale.stage import function, settings_of
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
-def config(size: int = 8, **sections):
-    """A config of a few long-tailed digits; `sections` as `Config` takes them."""
+def config(size: int = 8, largest: int = 12, **sections):
+    """A config of a few long-tailed digits, `largest` of the first class; `sections` as `Config`
+    takes them."""
     data = Data(
         source="digits",
         resolution=size,
         mirror=False,
-        max_per_class=12,
+        max_per_class=largest,
         imbalance_factor=4,
         val_per_class=2,
         test_per_class=2,
