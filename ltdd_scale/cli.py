@@ -28,7 +28,7 @@ LOOKING = (
     "config",
 )
 
-NO_DEADLINE = "--deadline goes with --dry-run: it says what to ask for"
+NO_DEADLINE = "--deadline goes with --dry-run and --cluster slurm: it says what to ask for"
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def _clustered(p: argparse.ArgumentParser, default: str | None = None) -> None:
         "--deadline",
         type=_hours,
         metavar="HOURS",
-        help="with --dry-run: how many GPUs for each job meet it for the fewest GPU-hours",
+        help="with --dry-run on SLURM: how many GPUs for each job meet it for the fewest GPU-hours",
     )
     p.add_argument(
         "--wait", action="store_true", help="stay until the jobs are over (they go on without it)"
@@ -299,7 +299,7 @@ def _work(args: argparse.Namespace) -> int:
         raise UserError(
             "--profile, --dry-run, --deadline and --wait go with --cluster slurm or --cluster local"
         )
-    if clustered and args.deadline and not args.dry_run:
+    if clustered and args.deadline and not (args.dry_run and args.cluster == "slurm"):
         raise UserError(NO_DEADLINE)
     if clustered and args.part:
         raise UserError(
@@ -350,7 +350,7 @@ def _look(args: argparse.Namespace) -> int:
         case "sweep":
             from ltdd_scale.launch import commands
 
-            if args.deadline and not args.dry_run:
+            if args.deadline and not (args.dry_run and args.cluster == "slurm"):
                 raise UserError(NO_DEADLINE)
             signals.install(term_saves=place.here().notified)
             where = (args.out, args.store)

@@ -30,8 +30,7 @@ class Resources(StrEnum):
     """What a stage can use on a cluster."""
 
     CPU = "cpu"
-    GPU = "gpu"  # one GPU
-    NODE = "node"  # the GPUs of one node
+    GPU = "gpu"  # the GPUs of one node
     NODES = "nodes"  # the GPUs of many nodes
 
 

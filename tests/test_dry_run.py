@@ -1,5 +1,6 @@
 """Estimates where no data is, and the configs of published recipes, which are looked at like that."""
 
+import dataclasses
 import itertools
 import re
 
@@ -16,6 +17,7 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.launch import deadline, devices, estimate, sweep
 from ltdd_scale.launch.jobs import Job, Point
 from ltdd_scale.launch.parts import PARTS, part_of
+from ltdd_scale.launch.profile import Profile
 from ltdd_scale.pipeline import graph
 from ltdd_scale.stage import Cost, Division, Resources, Stage
 
@@ -255,8 +257,6 @@ def test_chunks_and_students_are_dealt():
 
 
 def test_devices_are_known_and_this_one_is_measured():
-    from ltdd_scale.launch.profile import Profile
-
     assert devices.of(Profile(), local=False).name == "a100"
     assert devices.of(Profile(device="v100"), local=True).flops == 1200 * devices.RESNET50
     own = devices.of(Profile(device="h100", tflops=5), local=False)
@@ -280,6 +280,7 @@ def test_an_expert_decodes_what_does_not_fit_and_waits_for_batchnorm():
 
 # What two experts, side by side, chunks and a report take on one device, and the share of a
 # device's speed that is left where they work together.
+NODES = Profile(gpus_per_node=4, array_parallelism=64)
 ALONE = {"a": (80.0, 0.8), "b": (40.0, 0.8), "chunks": (40.0, 1.0), "report": (5.0, 1.0)}
 
 
@@ -294,7 +295,7 @@ def jobs():
 
 def kinds(made):
     def stage(name):
-        how = {"chunks": (Division.CHUNKS, Resources.NODE), "report": (Division.ONE, Resources.CPU)}
+        how = {"chunks": (Division.CHUNKS, Resources.GPU), "report": (Division.ONE, Resources.CPU)}
         division, resources = how.get(name, (Division.RANKS, Resources.NODES))
         return Stage(
             name=name, kind=name, version=1, run="", division=division, resources=resources
@@ -319,9 +320,9 @@ def test_the_longest_chain_is_what_is_waited_for():
 def test_a_deadline_is_met_for_about_the_least(seconds):
     made = jobs()
     own = kinds(made)
-    found, met = deadline.choose(made, own, 4, seconds)
+    found, met = deadline.choose(made, own, NODES, seconds)
     every = []
-    for numbers in itertools.product(*(kind.numbers(4) for kind in own)):
+    for numbers in itertools.product(*(kind.numbers(NODES) for kind in own)):
         by_job = {k.name: k.seconds(k.jobs[0], n) for k, n in zip(own, numbers, strict=True)}
         if deadline.chain(made, by_job)[0] <= seconds:
             every.append(sum(k.cost(n) for k, n in zip(own, numbers, strict=True)))
@@ -335,27 +336,61 @@ def test_a_deadline_is_met_for_about_the_least(seconds):
 
 def test_a_deadline_that_cannot_be_met_says_the_fastest():
     made = jobs()
-    found, met = deadline.choose(made, kinds(made), 4, 5)
+    found, met = deadline.choose(made, kinds(made), NODES, 5)
     assert not met and found.seconds == pytest.approx(80 / 64 / 0.8 + 40 / 64 + 5)
     assert found.numbers["report"] == 1
 
 
-def test_what_a_profile_gets_for_a_deadline():
-    from ltdd_scale.launch.profile import Profile
+@pytest.mark.parametrize(
+    ("wants", "numbers", "lines"),
+    [
+        (
+            {"gpus_per_node": 4, "mem_gb": 100},
+            {"a": 16, "b": 2, "chunks": 8},
+            [
+                "a: {nodes: 4, gpus_per_node: 4}",
+                "b: {nodes: 1, gpus_per_node: 2, mem_gb: 50}",
+                "chunks: {array: 8, gpus_per_node: 1, mem_gb: 25}",
+            ],
+        ),
+        (
+            {"gpus_per_node": 6, "extra": {"exclusive": True}},
+            {"a": 12, "b": 6, "chunks": 24},
+            [
+                "a: {nodes: 2, gpus_per_node: 6}",
+                "b: {nodes: 1, gpus_per_node: 6}",
+                "chunks: {array: 4, gpus_per_node: 6}",
+            ],
+        ),
+        (
+            {"gpus_per_node": 0},
+            {"a": 4, "b": 1, "chunks": 2},
+            ["a: {nodes: 4}", "b: {nodes: 1}", "chunks: {array: 2}"],
+        ),
+    ],
+)
+def test_what_a_profile_gets_for_a_deadline(wants, numbers, lines):
+    own, wants = kinds(jobs()), Profile(**wants)
+    assert all(numbers[kind.name] in kind.numbers(wants) for kind in own[:3])
+    chosen = deadline.Choice({**numbers, "report": 1}, 0.0, 0.0)
+    assert deadline.lines(chosen, own, wants) == [f"  {line}" for line in lines]
 
-    own = kinds(jobs())
-    chosen = deadline.Choice({"a": 16, "b": 2, "chunks": 8, "report": 1}, 0.0, 0.0)
-    assert deadline.lines(chosen, own, Profile(gpus_per_node=4)) == [
-        "stages:",
-        "  a: {nodes: 4}",
-        "  b: {gpus_per_node: 2}",
-        "  chunks: {gpus_per_node: 1, array: 8}",
-    ]
+
+def test_the_devices_that_a_stage_can_use():
+    a, _, chunks, report = kinds(jobs())
+    assert a.numbers(NODES) == deadline.NUMBERS and report.numbers(NODES) == (1,)
+    assert a.numbers(Profile(gpus_per_node=6)) == (1, 2, 4, 6, 12, 24, 48)
+    assert chunks.numbers(Profile(array_parallelism=5)) == (1, 2, 4)
+    node = deadline.Kind("s", (), dataclasses.replace(a.stage, resources=Resources.GPU), a.seconds)
+    assert node.numbers(NODES) == (1, 2, 4)
+    alone = Profile(gpus_per_node=4, array_parallelism=4, extra={"exclusive": True})
+    assert node.numbers(alone) == (4,) and chunks.numbers(alone) == (4, 8, 16)
 
 
 def test_a_dry_run_with_a_deadline(absent, tmp_path):
     """The lines are those of a profile, and with them the jobs take no longer."""
-    profile = ROOT / "slurm/dedicated.yaml"
+    profile = tmp_path / "shared.yaml"
+    profile.write_text("gpus_per_node: 8\ncpus_per_task: 12\n")
     config = CONFIGS / "imagenet_lt_if256_ipc10.yaml"
     where = ["--out", tmp_path / "o", "--cluster", "slurm", "--dry-run"]
     done = cli("run", config, *where, "--profile", profile, "--deadline", "3")
@@ -363,6 +398,7 @@ def test_a_dry_run_with_a_deadline(absent, tmp_path):
     said, _, rest = done.stdout.partition("by a deadline of 3 h: ")[2].partition("stages:\n")
     assert "GPU-hours, done in 2:" in said
     stages = yaml.safe_load(rest.partition("\n\n")[0])
+    assert {"calibrate", "recover", "students"} < set(stages)
     (tmp_path / "p.yaml").write_text(
         yaml.safe_dump({**yaml.safe_load(profile.read_text()), "stages": stages})
     )
@@ -371,7 +407,7 @@ def test_a_dry_run_with_a_deadline(absent, tmp_path):
     line = next(x for x in again.stdout.splitlines() if x.startswith("observer "))
     assert f"on {number} GPUs" in line
     hurried = cli("run", config, *where, "--profile", profile, "--deadline", "0.1")
-    assert "not in 0.1 h with up to 64 GPUs a job: " in hurried.stdout
+    assert "not in 0.1 h: " in hurried.stdout
     # Preemptions take time, and no GPU-hours.
     often = {**yaml.safe_load(profile.read_text()), "preempted_hours": 1, "requeue_minutes": 30}
     (tmp_path / "often.yaml").write_text(yaml.safe_dump(often))
@@ -385,8 +421,8 @@ def test_a_dry_run_with_a_deadline(absent, tmp_path):
     said_plainly(cli("run", config, "--deadline", "3"), "go with --cluster")
     said_plainly(
         cli("run", config, "--cluster", "slurm", "--profile", profile, "--deadline", "3"),
-        "--deadline goes with --dry-run",
+        "--deadline goes with --dry-run and --cluster slurm",
     )
-    said_plainly(cli("sweep", absent, "--deadline", "3"), "--deadline goes with --dry-run")
+    said_plainly(cli("sweep", absent, "--dry-run", "--deadline", "3"), "and --cluster slurm")
     wrong = cli("sweep", absent, "--dry-run", "--deadline", "soon")
     assert wrong.returncode == 2 and "expected hours, such as 4 or 0.5" in wrong.stderr

@@ -87,6 +87,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
             _take(model.fc, train_head(settings, split, features, context))
             for path in features.paths:
                 path.unlink()
+        ranks.barrier()  # on the CPUs, where rank 0 may be waited for long
         _share(model.fc, ranks)
     else:
         _take(model.fc, _known(settings, fitted.head, num_classes))

@@ -27,19 +27,21 @@ class Kind:
     stage: Stage | None
     seconds: Callable[[Job, int], float]
 
-    def numbers(self, per_node: int) -> tuple[int, ...]:
-        """Of devices that the stage can use."""
-        if self.stage is None:
+    def numbers(self, wants: Profile) -> tuple[int, ...]:
+        """Of devices that the stage can use on the cluster `wants`, fewest first."""
+        stage, node = self.stage, max(wants.gpus_per_node, 1)
+        whole = _whole_nodes(wants)
+        nodes = tuple(node * n for n in NUMBERS if node * n <= NUMBERS[-1]) or (node,)
+        if stage is None or stage.resources is Resources.CPU or stage.division is Division.ONE:
             return (1,)
-        if self.stage.division in (Division.CHUNKS, Division.UNITS):
-            return NUMBERS
-        if self.stage.division is Division.ONE or self.stage.resources in (
-            Resources.CPU,
-            Resources.GPU,
-        ):
-            return (1,)
-        within = tuple(n for n in NUMBERS if n <= per_node)
-        return NUMBERS if self.stage.resources is Resources.NODES else within
+        if stage.division in (Division.CHUNKS, Division.UNITS):
+            return tuple(
+                n
+                for n in (nodes if whole else NUMBERS)
+                if n <= wants.array_parallelism * (node if whole else 1)
+            )
+        within = () if whole else tuple(n for n in NUMBERS if n < node)
+        return within + (nodes if stage.resources is Resources.NODES else nodes[:1])
 
     def cost(self, number: int) -> float:
         """Device-seconds of all its jobs."""
@@ -57,7 +59,7 @@ class Choice:
 
 def chain(jobs: Sequence[Job], seconds: Mapping[str, float]) -> tuple[float, list[str]]:
     """How long all jobs take where each begins when those that it needs are done, and the names of
-    those that it is waited for, first to last."""
+    the longest chain of jobs, first to last."""
     ends: dict[str, float] = {}
     before: dict[str, str | None] = {}
 
@@ -78,13 +80,13 @@ def chain(jobs: Sequence[Job], seconds: Mapping[str, float]) -> tuple[float, lis
 
 
 def choose(
-    jobs: Sequence[Job], kinds: Iterable[Kind], per_node: int, deadline: float
+    jobs: Sequence[Job], kinds: Iterable[Kind], wants: Profile, deadline: float
 ) -> tuple[Choice, bool]:
     """The cheapest choice found by which `jobs` are done in `deadline` seconds, and True; or the
     fastest one and False."""
     by_name = {kind.name: kind for kind in kinds}
     kind_of = {job.name: kind.name for kind in by_name.values() for job in kind.jobs}
-    numbers = {name: kind.numbers(per_node)[0] for name, kind in by_name.items()}
+    numbers = {name: kind.numbers(wants)[0] for name, kind in by_name.items()}
 
     def now(changed: Mapping[str, int]) -> tuple[float, list[str]]:
         used = {**numbers, **changed}
@@ -101,7 +103,7 @@ def choose(
         better = [
             (_worth(kind, numbers[name], more), name, more)
             for name, kind in late.items()
-            for more in kind.numbers(per_node)
+            for more in kind.numbers(wants)
             if more > numbers[name] and _faster(kind, numbers[name], more)
         ]
         if not better:
@@ -114,7 +116,7 @@ def choose(
         less = [
             (kind.cost(numbers[name]) - kind.cost(fewer), name, fewer)
             for name, kind in by_name.items()
-            for fewer in kind.numbers(per_node)
+            for fewer in kind.numbers(wants)
             if fewer < numbers[name] and now({name: fewer})[0] <= deadline
         ]
         if not less:
@@ -124,9 +126,7 @@ def choose(
 
 
 def _faster(kind: Kind, number: int, more: int) -> bool:
-    return sum(kind.seconds(j, more) for j in kind.jobs) < sum(
-        kind.seconds(j, number) for j in kind.jobs
-    )
+    return any(kind.seconds(job, more) < kind.seconds(job, number) for job in kind.jobs)
 
 
 def _worth(kind: Kind, number: int, more: int) -> float:
@@ -140,19 +140,28 @@ def _choice(numbers: dict[str, int], kinds: Mapping[str, Kind], seconds: float) 
     return Choice(dict(numbers), seconds, cost)
 
 
+def _whole_nodes(wants: Profile) -> bool:
+    """Whether a job gets its nodes alone, and so takes all of their devices."""
+    return bool(wants.extra.get("exclusive"))
+
+
 def lines(choice: Choice, kinds: Iterable[Kind], wants: Profile) -> list[str]:
-    """The part of a profile that asks for it. `wants`: the profile whose nodes have as many GPUs as
-    it says."""
-    out = ["stages:"]
-    for kind in kinds:
-        number, stage = choice.numbers[kind.name], kind.stage
-        if stage is None or stage.resources is Resources.CPU:
-            continue
-        if stage.division in (Division.CHUNKS, Division.UNITS):
-            own = f"gpus_per_node: 1, array: {number}"
-        elif number > max(wants.gpus_per_node, 1):
-            own = f"nodes: {-(-number // wants.gpus_per_node)}"
-        else:
-            own = f"gpus_per_node: {number}"
-        out.append(f"  {kind.name}: {{{own}}}")
+    """What a profile says of its stages, beside what it said, to ask for `choice`."""
+    return [
+        f"  {kind.name}: {{{', '.join(_asked(choice.numbers[kind.name], kind.stage, wants))}}}"
+        for kind in kinds
+        if kind.stage is not None and kind.stage.resources is not Resources.CPU
+    ]
+
+
+def _asked(number: int, stage: Stage, wants: Profile) -> list[str]:
+    """`number` devices for `stage`: of a node that is shared, a share of its memory too."""
+    node = max(wants.gpus_per_node, 1)
+    array = stage.division in (Division.CHUNKS, Division.UNITS)
+    each = (node if _whole_nodes(wants) else 1) if array else min(number, node)
+    out = [f"array: {number // each}"] if array else [f"nodes: {number // each}"]
+    if wants.gpus_per_node:
+        out.append(f"gpus_per_node: {each}")
+    if wants.mem_gb and each < node and not _whole_nodes(wants):
+        out.append(f"mem_gb: {wants.mem_gb * each / node:g}")
     return out

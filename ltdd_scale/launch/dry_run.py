@@ -82,6 +82,8 @@ def show(
         if hours is not None:
             left_jobs = [job for job in made.jobs if job.name in scripts]
             _say_cheapest(left_jobs, work, wants, on, hours)
+            if max_jobs:
+                print(f"\nWith no more than {max_jobs} jobs at a time it takes longer.")
     if absent:
         few = f" of {len(absent)} points" if len(made.points) > 1 else ""
         print(
@@ -211,19 +213,16 @@ def _say_cheapest(
         of = tuple(job for job in jobs if job.stage == stage)
         made = next((one.node.stage for job in of for one in work[job.name]), None)
         kinds.append(Kind(stage, of, made, lambda job, n: _whole(work[job.name], on, n)))
-    per_node = max(wants.gpus_per_node, 1)
-    found, met = deadline.choose(jobs, kinds, per_node, hours * HOUR)
+    found, met = deadline.choose(jobs, kinds, wants, hours * HOUR)
     unit, took = on.unit, duration(found.seconds)
+    beside = "with jobs side by side that do not need each other"
     if not met:
-        print(
-            f"\nnot in {hours:g} h with up to {NUMBERS[-1]} {unit}s a job: {took} at the fastest, "
-            "with jobs side by side that do not need each other"
-        )
+        print(f"\nnot in {hours:g} h: {took} at the fastest, {beside}")
         return
     cost = _hours(found.cost / (1 + on.lost) / HOUR)
     print(
-        f"\nby a deadline of {hours:g} h: {cost} {unit}-hours, done in {took}, with jobs side by "
-        "side that do not need each other. In the profile:\n"
+        f"\nby a deadline of {hours:g} h: {cost} {unit}-hours, done in {took}, {beside}. "
+        "Merge this into the profile:\n\nstages:"
     )
     print("\n".join(deadline.lines(found, kinds, wants)))
 

@@ -26,7 +26,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel of x [n, C, …], float32 [C] each."""
     mean, invstd = torch.batch_norm_stats(x.contiguous(memory_format=memory_format(x)), 0.0)
     # Without an epsilon the inverse of a variance of zero is 0 there.
-    return mean, invstd.pow(-2).nan_to_num_(posinf=0.0)
+    return mean, invstd.pow(-2).nan_to_num_(nan=float("nan"), posinf=0.0)
 
 
 def moments_backward(

@@ -237,7 +237,7 @@ def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
 
 
 def _end_hanging_collectives(device: torch.device) -> None:
-    """On GPUs ranks meet in the middle of steps alone, and wait for slow ranks on their CPUs: what
+    """Ranks that may be far apart meet on their CPUs first, so that on GPUs nobody waits long: what
     takes longer there hangs. NCCL then ends the process, and its launcher starts it again."""
     group = dist.group.WORLD
     assert group is not None

@@ -152,7 +152,7 @@ def open_real(
     become: they are the random real images that a student of the same seed is trained on for
     comparison.
 
-    `looks`: from the images of each class, how many this rank will decode; where that is more than
+    `looks`: from the images of each class, how many this rank would decode; where that is more than
     there are and they fit in memory, they are decoded once and held.
     """
     device = context.ranks.device

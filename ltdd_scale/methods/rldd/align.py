@@ -75,8 +75,8 @@ class Alignment:
     `targets[layer]` is a list of (weight, mean [C], var [C]), as long for each layer. The moving
     average of the batch statistics belongs to one chunk and starts with its first batch, so it is
     right from the first step and nothing leaks from chunk to chunk. Use as a context manager: its
-    end takes the hooks off. The statistics of all layers are one vector, means then variances: a
-    network of 53 layers has a few operations for them all, not thousands.
+    end takes the hooks off. A pass comes to each layer once. The statistics of all layers are one
+    vector, means then variances: 53 layers have a few operations together, not thousands.
     """
 
     def __init__(self, layers: dict[str, nn.Module], targets: Targets, settings: Recover):

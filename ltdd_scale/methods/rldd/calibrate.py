@@ -186,6 +186,7 @@ class Measurement:
                 found.labels = images.labels[indices]
                 found.see(self.model, self.normalize(x), ranks)
                 progress.update(k + 1)
+            ranks.barrier()  # on the CPUs, where a slow rank may be waited for long
             return {name: ranks.all_reduce(found.moments[name].contiguous()) for name in layers}
 
 

@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=8,  # 8: chunks of about as many images
+        version=9,  # 9: a chunk holds no more real images of a class than its iterations look at
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",
