@@ -8,6 +8,7 @@ from torch import nn
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.errors import UserError
 from ltdd_scale.models import flops, frozen, registry
+from ltdd_scale.models.average import Average
 from ltdd_scale.runtime.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -298,13 +299,19 @@ def test_activations_of_a_convnet():
 
 
 def test_the_average_follows():
-    a, b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    nn.init.constant_(b.weight, 3.0)
+    """Also after both were loaded: their tensors stay."""
+    b = nn.BatchNorm1d(3)
+    nn.init.constant_(b.weight, 1.0)
+    average = Average(b)
+    a = average.network
+    a.load_state_dict({**a.state_dict(), "weight": torch.zeros(3)})
+    b.load_state_dict({**b.state_dict(), "weight": torch.full((3,), 2.0)})
     b.running_mean.fill_(2.0)
     b.num_batches_tracked.fill_(7)
-    registry.update_ema(a, b, 0.75)
+    average.update(0.75)
+    assert not a.weight.requires_grad and b.weight.requires_grad
     assert (
-        torch.allclose(a.weight, torch.full((3,), 1.5))
+        torch.allclose(a.weight, torch.full((3,), 0.5))
         and torch.allclose(a.running_mean, torch.full((3,), 0.5))
         and int(a.num_batches_tracked) == 7
     )

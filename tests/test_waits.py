@@ -240,7 +240,7 @@ def test_a_student(kind, topk, optimizer, cutmix):
             if work.taken == setup.steps - 1:
                 break  # the last step of an epoch says its loss, late
     assert watching.kernels > 200 and work.taken == 3
-    assert all(p.device == GPU for p in work.average.parameters())
+    assert all(p.device == GPU for p in work.average.network.parameters())
 
 
 @pytest.mark.parametrize(

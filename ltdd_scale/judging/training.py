@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from ltdd_scale.data.images import Images
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.contract import Labels
 from ltdd_scale.labels.views import EpochViews, draw_epoch, render
-from ltdd_scale.models import registry
+from ltdd_scale.models.average import Average
 from ltdd_scale.models.frozen import forward
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.context import Context
@@ -95,7 +94,7 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
     checkpoints.wait()
     work.settle()
     context.log(_entries(work.history))
-    return work.average.eval(), work.history
+    return work.average.network.eval(), work.history
 
 
 class _Work:
@@ -106,7 +105,7 @@ class _Work:
     def __init__(self, setup: Setup, student: nn.Module, ranks: Ranks):
         self.setup, self.student, self.ranks = setup, student, ranks
         self.optimizer = optimizer_of(setup.training, student, ranks.device)
-        self.average = copy.deepcopy(student).requires_grad_(False)
+        self.average = Average(student)
         self.history: list[float] = []
         self._owed: Late | None = None
         self.taken, self.total = 0, torch.zeros((), device=ranks.device)
@@ -125,7 +124,7 @@ class _Work:
         self.settle()
         return {
             "student": self.student.state_dict(),
-            "average": self.average.state_dict(),
+            "average": self.average.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "total": self.total,
@@ -134,7 +133,7 @@ class _Work:
     def restore(self, taken: int, state: dict[str, Any]) -> None:
         self.taken, self.history = taken, state["history"]
         self.student.load_state_dict(state["student"])
-        self.average.load_state_dict(state["average"])
+        self.average.network.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.total.copy_(state["total"])
 
@@ -169,7 +168,7 @@ class _Work:
         # The average warms up, so that short trainings are not judged on their initial weights.
         warm = (1 + self.taken) / (10 + self.taken)
         decay = min(training.ema, warm) if training.ema else 0.0
-        registry.update_ema(self.average, self.student, decay)
+        self.average.update(decay)
         self.total += loss.detach() / steps
         self.taken += 1
         if self.taken % steps == 0:

@@ -321,14 +321,3 @@ def norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Convolutions by name, the first left out: its input is the image itself."""
     return dict([(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][1:])
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Parameters and float buffers of `average` ← decay · average + (1 − decay) · model."""
-    ours, theirs = list(average.state_dict().values()), list(model.state_dict().values())
-    floats = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
-    for a, b in zip(ours, theirs, strict=True):
-        if not a.is_floating_point():
-            a.copy_(b)
