@@ -161,6 +161,58 @@ def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net, lea
         assert max(wrong) < 1.5 * calibrate.CLOSE and facts["off"] <= calibrate.CLOSE
 
 
+@pytest.mark.parametrize("conv_inputs", [False, True])
+def test_a_lead_that_does_not_come_close_is_given_up(tmp_path, monkeypatch, conv_inputs):
+    """Then the statistics are those of all images layer by layer, to the byte."""
+    monkeypatch.setattr(calibrate, "CLOSE", 1e-12)
+    saved, facts = {}, {}
+    for lead in (0, 2):
+        config = rldd_tools.config(calibrate=Calibrate(lead=lead, conv_inputs=conv_inputs))
+        store = tmp_path / str(lead)
+        rldd_tools.run("shard", config, store)
+        rldd_tools.expert(store / "observer", "deep", "convnet3", "batch")
+        facts[lead] = rldd_tools.run("calibrate", config, store)
+        saved[lead] = tensors.load(store / "calibrate" / "statistics.pt")
+    assert facts[2].pop("lead given up") > 1e-12 and facts[2] == facts[0]
+    for kind in ("moments", "running"):
+        assert saved[0][kind].keys() == saved[2][kind].keys()
+        for name, values in saved[0][kind].items():
+            for a, b in zip(values, saved[2][kind][name], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_channel_that_the_lead_never_sees_gets_its_variance(tmp_path):
+    """It is zero in the images that lead, and not in the set: no factor would correct that."""
+    config = rldd_tools.config(calibrate=Calibrate(lead=1))
+    rldd_tools.run("shard", config, tmp_path)
+    split = ShardSplit(tmp_path / "shard", "train")
+    images = loader.open_images(split, config.data, torch.device("cpu"), 0)
+    x = next(iter(images.stream([(np.arange(len(split)), None)], ViewSpec(8))))
+    x = loader.normalizer(split.mean, split.std, torch.device("cpu"))(x)
+    leads = np.concatenate(calibrate.by_class(images, 1, config.seed))
+
+    def hide(model):
+        """What the first channel lets through is seen by one channel of the next layer alone, and
+        is nothing in the images that lead."""
+        first, second = [m for m in model.modules() if isinstance(m, nn.Conv2d)][:2]
+        norm = next(iter(registry.norm_layers(model).values()))
+        with torch.no_grad():
+            seen = first(x)[:, 0]
+            weight = 1 / torch.from_numpy(split.counts[split.labels] * len(split.counts)).float()
+            mean = (seen.mean((1, 2)) * weight).sum()
+            var = ((seen - mean).square().mean((1, 2)) * weight).sum()
+            most = ((seen - mean) / (var + norm.eps).sqrt()).amax((1, 2))
+            bar = float(most[leads].max())
+            assert bar < float(most.max()), "choose another seed: an image that leads has the peak"
+            norm.weight[0], norm.bias[0] = 1.0, -(bar + float(most.max())) / 2
+            second.weight[0] = 0.0
+            second.weight[0, 0] = 300.0
+
+    rldd_tools.expert(tmp_path / "observer", "deep", "convnet3", "batch", 8, hide)
+    facts = rldd_tools.run("calibrate", config, tmp_path)
+    assert "off" in facts and facts["off"] <= calibrate.CLOSE, facts
+
+
 def test_without_fair_statistics_the_observer_keeps_its_own(tmp_path):
     config = rldd_tools.config(calibrate=Calibrate(fair=False))
     rldd_tools.expert(tmp_path / "observer", "own", "convnet3", "batch")

@@ -232,8 +232,8 @@ def layer_by_layer(
 ) -> dict[str, Tensor]:
     """Give each of `norms` the fair statistics of what it sees behind those before it, a pass each.
 
-    `shift`: what is added to each mean, and what each variance is multiplied with. Returns the
-    moments.
+    `shift`: what is added to each mean, and what each variance is multiplied with, with its ε, or
+    one of zero would stay. Returns the moments.
     """
     size, device = measurement.spec.resolution, measurement.context.ranks.device
     blank = torch.zeros(1, 3, size, size, device=device)
@@ -243,8 +243,9 @@ def layer_by_layer(
         moments.update(measurement.collect({name: norms[name]}, this, stop=True))
         mean, var = fair_statistics(moments[name], variance)
         if shift is not None:
-            mean, var = mean + shift[name][0], var * shift[name][1]
-        for buffer, value in zip(running(norms[name]), (mean, var), strict=True):
+            far, ratio = shift[name]
+            mean, var = mean + far, (var + norms[name].eps) * ratio - norms[name].eps
+        for buffer, value in zip(running(norms[name]), (mean, var.clamp(min=0)), strict=True):
             buffer.copy_(value)
     return moments
 
@@ -261,8 +262,8 @@ def led(
     The images of `lead` go layer by layer. A pass over all images then tells how far the statistics
     of all are from those of the lead; that difference hardly depends on the buffers, so the lead
     goes again with it. This ends when the buffers are the statistics of what their layers see, but
-    for `CLOSE`. Returns the moments and how far they are off at most, in deviations (of a variance:
-    as a share).
+    for `CLOSE`, or when it is plain that `TURNS` will not do. Returns the moments and how far they
+    are off at most, in deviations (of a variance: as a share).
     """
     shift = {
         name: (torch.zeros_like(mean).double(), torch.ones_like(var).double())
@@ -271,6 +272,7 @@ def led(
     moments: dict[str, Tensor] = {}
     off = float("inf")
     for turn in range(1, TURNS + 1):
+        before = off
         layer_by_layer(lead, norms, variance, f"calibrate, lead {turn}", shift)
         moments = whole.collect(layers, f"calibrate, all images {turn}")
         off = 0.0
@@ -281,7 +283,9 @@ def led(
             far, ratio = mean - given_mean, (var + layer.eps) / (given_var + layer.eps)
             off = max(off, float((far.abs() / scale.sqrt()).max()), float((ratio - 1).abs().max()))
             shift[name] = shift[name][0] + far, shift[name][1] * ratio
-        if off <= CLOSE:
+        whole.context.say(f"calibrate: off by {off:.4f} deviations at most after turn {turn}")
+        pace = off / before  # of the first turn 0: nothing is known
+        if off <= CLOSE or off * pace ** (TURNS - turn) > CLOSE:
             break
     return moments, off
 
@@ -304,7 +308,13 @@ def measure(
     elif lead is not None:
         moments, off = led(whole, lead, norms, layers, settings.variance)
         facts = {"off": round(off, 6)}
-    else:
+        if off > CLOSE:
+            whole.context.say(
+                f"calibrate: {settings.lead} images a class do not lead (off by {off:.4f}, goal "
+                f"{CLOSE}): all images go layer by layer; a larger calibrate.lead may do"
+            )
+            lead, facts = None, {"lead given up": round(off, 6)}
+    if settings.recalibrate and lead is None:
         moments = layer_by_layer(whole, norms, settings.variance, "calibrate")
         if convs:
             moments.update(whole.collect(convs, "calibrate, convolutions"))
@@ -334,11 +344,6 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
             lead = replace(whole, members=by_class(images, calibrate.lead, settings.seed))
         convs = registry.conv_layers(observer.model) if calibrate.conv_inputs else {}
         statistics["moments"], facts = measure(whole, lead, norms, convs, calibrate)
-        if facts.get("off", 0.0) > CLOSE:
-            context.say(
-                f"warning: the statistics are off by up to {facts['off']:.4f} deviations (goal "
-                f"{CLOSE}) after {TURNS} turns: a larger calibrate.lead, or 0, is more exact"
-            )
     for name, layer in norms.items():
         mean, var = running(layer)
         statistics["running"][name] = (mean.cpu(), var.cpu())

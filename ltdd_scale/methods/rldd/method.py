@@ -33,7 +33,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     calibrate = Stage(
         name="calibrate",
         kind="calibrate",
-        version=4,
+        version=5,  # 5: a lead corrects variances of zero, or is given up
         run=f"{HERE}.calibrate:run",
         reads={"calibrate": "calibrate", **observer, **SHOWN},
         inputs={"shard": "shard", "observer": "observer"},

@@ -34,8 +34,9 @@ class Calibrate(Settings):
     )
     lead: Whole = option(
         0,
-        "for deep observers: this many images a class go layer after layer, and a few "
-        "passes over the set correct them to 0.001 deviations; 0: all images go layer after layer",
+        "for deep observers of large sets: this many images a class go layer after layer, and a "
+        "few passes over the set correct them to 0.001 deviations; where they do not come as "
+        "close, and with 0, all images go layer after layer",
         low=0,
     )
     batch_size: Whole = option(128, "images a forward pass", low=1)
