@@ -1,0 +1,66 @@
+import rldd_tools
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltdd_scale.methods.rldd import chunks
+from ltdd_scale.methods.rldd.method import RLDD
+from ltdd_scale.methods.rldd.settings import Recover
+from ltdd_scale.stage import Facts, function, settings_of
+
+SHAPES = st.integers(1, 60), st.integers(1, 30), st.integers(1, 100), st.integers(0, 20)
+
+
+@given(*SHAPES)
+def test_chunks_hold_every_image_once(num_classes, ipc, batch_size, chunk_classes):
+    work = chunks.chunks(num_classes, ipc, batch_size, chunk_classes)
+    groups, each = chunks.groups(num_classes, ipc, batch_size, chunk_classes)
+    assert [c.classes for c in work[::each]] == [tuple(g) for g in groups]
+    assert len(work) == len(groups) * each
+    held = [(c, i) for chunk in work for c in chunk.classes for i in range(chunk.first, chunk.last)]
+    assert sorted(held) == [(c, i) for c in range(num_classes) for i in range(ipc)]
+    assert all(len(chunk.labels) <= batch_size for chunk in work)
+    assert [c.number for c in work] == list(range(len(work)))
+
+
+@given(*SHAPES)
+def test_a_class_has_about_as_many_images_in_each_chunk(
+    num_classes, ipc, batch_size, chunk_classes
+):
+    work = chunks.chunks(num_classes, ipc, batch_size, chunk_classes)
+    of_first = [chunk.last - chunk.first for chunk in work if 0 in chunk.classes]
+    fit = max(1, batch_size // len(work[0].classes))
+    assert len(of_first) == -(-ipc // fit), "no more chunks than are needed"
+    assert max(of_first) - min(of_first) < len(of_first), "each chunk lacks one image at most"
+
+
+def test_one_image_is_not_left_over():
+    """121 classes in groups of 11, nine images of which fit a chunk of 100."""
+    sizes = {chunk.last - chunk.first for chunk in chunks.chunks(121, 10, 100, 12)}
+    assert sizes == {5}
+
+
+def test_a_chunk_mixes_head_and_tail():
+    chunk = chunks.chunks(1000, 10, 100)[0]
+    assert len(chunk.classes) == 100 and chunk.classes[0] == 0 and chunk.classes[-1] == 990
+
+
+@given(*SHAPES, st.integers(2, 70))
+def test_the_hint_gives_every_rank_a_chunk(num_classes, ipc, batch_size, chunk_classes, world):
+    def pieces(size):
+        own = Recover(batch_size=size, chunk_classes=chunk_classes)
+        of = rldd_tools.config(ipc=ipc, recover=own)
+        stage = next(s for s in RLDD.stages(of) if s.kind == "recover")
+        settings = settings_of(stage, of)
+        return function(stage.pieces)(settings, facts), settings
+
+    facts = Facts((1,) * num_classes)
+    found, settings = pieces(batch_size)
+    assert found == len(chunks.chunks(num_classes, ipc, batch_size, chunk_classes))
+    if found >= world:
+        return
+    hint = chunks.more_pieces(settings, facts, world)
+    if hint:
+        assert hint.startswith("smaller chunks with --set recover.batch_size=")
+        assert pieces(int(hint.rpartition("=")[2]))[0] >= world
+    else:
+        assert pieces(1)[0] < world
