@@ -28,8 +28,6 @@ LOOKING = (
     "config",
 )
 
-NO_DEADLINE = "--deadline goes with --dry-run and --cluster slurm: it says what to ask for"
-
 
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
@@ -46,6 +44,13 @@ def _hours(text: str) -> float:
     if not 0 < hours < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected hours, such as 4 or 0.5")
     return hours
+
+
+def _check_deadline(args: argparse.Namespace) -> None:
+    if args.deadline and not (args.dry_run and args.cluster == "slurm"):
+        raise UserError(
+            "--deadline goes with --dry-run and --cluster slurm: it says what to ask for"
+        )
 
 
 def _clustered(p: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -299,8 +304,8 @@ def _work(args: argparse.Namespace) -> int:
         raise UserError(
             "--profile, --dry-run, --deadline and --wait go with --cluster slurm or --cluster local"
         )
-    if clustered and args.deadline and not (args.dry_run and args.cluster == "slurm"):
-        raise UserError(NO_DEADLINE)
+    if clustered:
+        _check_deadline(args)
     if clustered and args.part:
         raise UserError(
             "--part and --cluster do not go together: a profile's array makes the parts"
@@ -350,8 +355,7 @@ def _look(args: argparse.Namespace) -> int:
         case "sweep":
             from ltdd_scale.launch import commands
 
-            if args.deadline and not (args.dry_run and args.cluster == "slurm"):
-                raise UserError(NO_DEADLINE)
+            _check_deadline(args)
             signals.install(term_saves=place.here().notified)
             where = (args.out, args.store)
             more = (args.report, args.data_root)

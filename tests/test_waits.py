@@ -297,8 +297,7 @@ def test_a_chunk_of_recovered_images(changes):
     assert watching.kernels > 200 and images.device == GPU
 
 
-@pytest.mark.parametrize("described", [True, False])
-def test_crops_that_a_teacher_judges(described):
+def test_crops_that_a_teacher_judges():
     """All crops of a class: the host reads what it chooses by once, at the end."""
     teacher = frozen.Frozen(expert("instance").eval().requires_grad_(False), {}, ALONE)
     images, own = held(6), Initialize(batch_size=4)
@@ -307,8 +306,8 @@ def test_crops_that_a_teacher_judges(described):
     indices = np.repeat(np.arange(6), 2)
     views = spec.draw(rng(0), images.sizes[indices])
     with Watching() as watching:
-        scores, features = initialize.seen(crops, 1, indices, views, described)
-    assert scores.shape == (12,) and len(features) == 12 * described
+        scores, features = initialize.seen(crops, 1, indices, views)
+    assert scores.shape == (12,) and len(features) == 12
     assert watching.kernels > 100
 
 

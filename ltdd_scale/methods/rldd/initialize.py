@@ -64,33 +64,28 @@ class Crops:
 
 def score(crops: Crops, label: int, indices: np.ndarray, views: Views) -> np.ndarray:
     """−CE of the teacher with class `label` for each view of the images `indices`, float32 [n]."""
-    return seen(crops, label, indices, views, described=False)[0].cpu().numpy()
+    return seen(crops, label, indices, views)[0].cpu().numpy()
 
 
 def describe(
     crops: Crops, label: int, indices: np.ndarray, views: Views
 ) -> tuple[np.ndarray, np.ndarray]:
     """`score`, and the teacher's features of each view, float64 [n, d]."""
-    scores, features = seen(crops, label, indices, views, described=True)
+    scores, features = seen(crops, label, indices, views)
     return scores.cpu().numpy(), features.cpu().double().numpy()
 
 
-def seen(
-    crops: Crops, label: int, indices: np.ndarray, views: Views, described: bool
-) -> tuple[Tensor, Tensor]:
+def seen(crops: Crops, label: int, indices: np.ndarray, views: Views) -> tuple[Tensor, Tensor]:
     """What the teacher makes of each view, on its device: −CE with class `label`, float32 [n], and
-    where it is to be `described` its features, float32 [n, d]."""
+    its features, float32 [n, d]."""
     teacher = crops.teacher
     assert teacher is not None, "the teacher judges"
     scores, features = [], []
     for x in crops.shown(indices, views):
-        if described:
-            found, logits = teacher.features_and_logits(x)
-            features.append(found)
-        else:
-            logits = teacher.logits(x)
+        found, logits = teacher.features_and_logits(x)
         scores.append(_minus_ce(logits, label))
-    return torch.cat(scores), torch.cat(features) if described else scores[0][:0]
+        features.append(found)
+    return torch.cat(scores), torch.cat(features)
 
 
 def _minus_ce(logits: Tensor, label: int) -> Tensor:
