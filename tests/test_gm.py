@@ -359,7 +359,7 @@ def test_killed_on_two_ranks_and_ended_on_three_gives_the_bytes_of_one(shard, tm
     match.run(settings_of(*GM.stages(loaded), loaded), context(tmp_path / "one", shard))
     fault = {
         "PYTHONPATH": str(ROOT / "tests" / "faults"),
-        "LTDD_FAULT": "replace:step-:3:KILL:me",
+        "LTDD_FAULT": "replace:step-:2:KILL:me",
         "LTDD_FAULT_RANK": "0",
         "LTDD_FAULT_MARK": str(tmp_path / "killed"),
     }

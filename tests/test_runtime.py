@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import ROOT
 
 from ltdd_scale.errors import UserError
@@ -44,6 +46,10 @@ def test_the_newest_valid_checkpoint_counts(tmp_path):
     assert c.load() == (10, {"x": 10})
     with pytest.raises(UserError, match="belongs to other work"):
         Checkpoints(tmp_path / "c", "you", 0).load()
+    with pytest.raises(
+        UserError, match=r"begun on a CPU.* go on in bfloat16 on H100: .* constraint"
+    ):
+        Checkpoints(tmp_path / "c", "me in bfloat16 on H100", 0).load()
     c.clear()
     assert not (tmp_path / "c").exists() and c.load() is None
 
@@ -131,3 +137,26 @@ def test_reading_what_is_not_there(tmp_path):
     Path(tmp_path / "bad").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         files.read_json(tmp_path / "bad")
+
+
+def agreeing_rank(rank: int, folder: str) -> None:
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    agreement = ranks.Agreement(ranks.Ranks(rank, 2, torch.device("cpu"), None))
+    stop = [False, False, rank == 1, rank == 1, False]
+    due = [rank == 0, rank == 0, False, rank == 0, False]
+    told = [agreement(*wishes) for wishes in zip(stop, due, strict=True)]
+    # A step late, on both ranks; what is wished until it is told counts once.
+    late = [(False, False), (False, True), (False, False), (True, False), (False, True)]
+    assert told == late
+    assert agreement.close() == (False, False) and agreement.close() == ()
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_a_step_late_without_waiting(tmp_path):
+    mp.spawn(agreeing_rank, (str(tmp_path),), nprocs=2)
+
+
+def test_a_rank_alone_agrees_at_once():
+    agreement = ranks.Agreement(ranks.Ranks(0, 1, torch.device("cpu"), None))
+    assert agreement(True, False) == (True, False) and agreement.close() == ()

@@ -22,7 +22,7 @@ from torch import nn
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import Engine, Expert
 from ltdd_scale.runtime import files, place, signals
-from ltdd_scale.runtime.checkpoint import Checkpoints
+from ltdd_scale.runtime.checkpoint import Checkpoints, not_ours
 from ltdd_scale.runtime.ranks import Ranks
 
 Saved = tuple[int, dict[str, Any]]  # the step, and the state that the trainer gave to `save`
@@ -188,9 +188,7 @@ class DeepSpeedEngine:
             return None
         name, facts = newest
         if facts["owner"] != self.owner:
-            raise UserError(
-                f"{self.folder / name} belongs to other work; delete it or choose another --store"
-            )
+            raise not_ours(self.folder / name, facts["owner"], self.owner)
         if facts["ranks"] != self.ranks.world_size:
             raise UserError(
                 f"{self.folder / name} was written by {facts['ranks']} ranks and is sharded over "

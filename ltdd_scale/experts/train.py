@@ -21,7 +21,7 @@ from ltdd_scale.experts.settings import Expert
 from ltdd_scale.models import flops, frozen, registry, syncbn
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks, torch_seed
+from ltdd_scale.runtime.ranks import Agreement, Ranks, torch_seed
 from ltdd_scale.stage import Given
 
 
@@ -58,6 +58,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     if begin:
         context.say(f"{role}: resumed at step {begin} of {total}")
     progress = context.progress(role, total, "steps", begin, stops=False)
+    agreement = Agreement(ranks)
     model.train()
     for batch in batches.from_step(course, begin, total, normalize, num_classes):
         losses = step(batch)
@@ -69,12 +70,13 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
             context.log(history.epochs)
         done = batch.step + 1
         progress.update(done, history.note)
-        stop, due = ranks.agree(signals.requested(), trainer.due())
+        stop, due = agreement(signals.requested(), trainer.due())
         if (stop or due) and done < total:
             watch.check()
             state.save(trainer, done, model, history, ranks, wait=stop)
             if stop:
                 raise signals.Preempted(f"request at step {done} of {role}")
+    agreement.close()
     watch.check()
     trainer.finish()
     if not _synced(settings, ranks):

@@ -12,12 +12,28 @@ from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime import signals, tensors
 
 
+def not_ours(path: Path, owner: str, ours: str) -> UserError:
+    """What to say of a checkpoint of another owner."""
+    work, _, begun = owner.partition(" ")
+    if work != ours.partition(" ")[0]:
+        return UserError(
+            f"{path} belongs to other work ({owner}, not {ours}); delete it or choose another "
+            "--store"
+        )
+    now = ours.partition(" ")[2]
+    return UserError(
+        f"{path} was begun {begun or 'on a CPU'}, and this would go on {now or 'on a CPU'}: the "
+        "bytes would be those of neither. Go on where it was begun (a profile asks for a kind of "
+        "GPU by constraint or gres), or delete it to begin again"
+    )
+
+
 class Checkpoints:
     """``step-000000000120.pt`` files in `folder`, written by one rank and read by all.
 
-    `owner` (the fingerprint of the work) is stored inside, and a checkpoint of other work is
-    refused. At least `keep` valid
-    ones stay. `seconds` is the time between saves that `due` asks for.
+    `owner` is stored inside, and a checkpoint of other work is refused: the fingerprint of the
+    work, then, on a GPU, what it is done in and on. At least `keep` valid ones stay. `seconds` is
+    the time between saves that `due` asks for.
 
     `save` copies the state and returns; a thread writes, verifies and prunes. What went wrong there
     is raised by the next `save` or by `wait`.
@@ -85,10 +101,7 @@ class Checkpoints:
             except UserError:
                 continue
             if saved["owner"] != self.owner:
-                raise UserError(
-                    f"{path} belongs to other work ({saved['owner']}, not {self.owner}); delete it "
-                    "or choose another --store"
-                )
+                raise not_ours(path, saved["owner"], self.owner)
             return saved["step"], saved["state"]
         return None
 

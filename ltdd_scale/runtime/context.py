@@ -68,11 +68,10 @@ class Context:
         )
 
     def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
-        # What a GPU began in bfloat16 is not gone on with in float32: with precision "auto" the
-        # fingerprint does not tell them apart.
-        dtype = self.ranks.autocast_dtype
-        precision = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
-        return Checkpoints(self.out / name, self.owner + precision, self.checkpoint_seconds)
+        # What one kind of GPU began no other goes on with, nor in float32 what was begun in
+        # bfloat16: the bits would be other ones, and the fingerprint does not tell them apart.
+        owner = " ".join([self.owner, *self.ranks.computes()])
+        return Checkpoints(self.out / name, owner, self.checkpoint_seconds)
 
     def log(self, history: Sequence[dict[str, Any]]) -> None:
         """Write ``log.jsonl`` anew: a line an epoch. Cheap, so called after each."""

@@ -78,11 +78,15 @@ class Ranks:
         reduction on the CPUs."""
         if self.world_size == 1:
             return wishes
-        bits = torch.tensor(
-            [sum(1 << k for k, wish in enumerate(wishes) if wish)], dtype=torch.int32
-        )
+        bits = torch.tensor(wishes, dtype=torch.uint8)
         dist.all_reduce(bits, op=dist.ReduceOp.BOR)
-        return tuple(bool(int(bits) >> k & 1) for k in range(len(wishes)))
+        return tuple(map(bool, bits.tolist()))
+
+    def computes(self) -> list[str]:
+        """What decides over bits beside the work itself: "in bfloat16", "on NVIDIA …"."""
+        dtype, gpu = self.autocast_dtype, self.device.type == "cuda"
+        words = [] if dtype is None else [f"in {str(dtype).removeprefix('torch.')}"]
+        return [*words, f"on {torch.cuda.get_device_name(self.device)}"] if gpu else words
 
     def autocast(self):
         if self.autocast_dtype is None:
@@ -104,6 +108,45 @@ class Ranks:
             return torch.nn.parallel.DistributedDataParallel(
                 model, broadcast_buffers=False, **options
             )
+
+
+class Agreement:
+    """What any rank wishes, told to all ranks a step later, so that no step waits for it.
+
+        agreement = Agreement(ranks)
+        for step in steps:
+            ...
+            stop, due = agreement(stop_wished, save_is_due)
+        agreement.close()
+
+    Every rank calls it after the same steps. Each call sends this rank's wishes off, and answers
+    for each wish whether any rank had it at the call before: the same answer on every rank. A rank
+    alone is answered at once.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._sent: tuple[torch.Tensor, Any] | None = None
+        self._told: tuple[bool, ...] = ()
+
+    def __call__(self, *wishes: bool) -> tuple[bool, ...]:
+        if self.ranks.world_size == 1:
+            return wishes
+        asked = self.close() or (False,) * len(wishes)
+        bits = torch.tensor(wishes, dtype=torch.uint8)
+        self._sent = bits, dist.all_reduce(bits, op=dist.ReduceOp.BOR, async_op=True)
+        # What was just told was still wished when this was asked: it is not told twice.
+        before = self._told or (False,) * len(wishes)
+        self._told = tuple(now and not then for now, then in zip(asked, before, strict=True))
+        return self._told
+
+    def close(self) -> tuple[bool, ...]:
+        """Wait for the wishes that are on their way, and return them; empty where none are."""
+        if self._sent is None:
+            return ()
+        (bits, work), self._sent = self._sent, None
+        work.wait()
+        return tuple(map(bool, bits.tolist()))
 
 
 def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> Ranks:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.context import Context
+from ltdd_scale.runtime.ranks import Agreement
 from ltdd_scale.runtime.signals import Preempted
 
 State = dict[str, Any]
@@ -32,6 +33,7 @@ class Saved:
     def __init__(self, context: Context, name: str = "checkpoints"):
         self.ranks, self.name = context.ranks, context.out.name
         self.checkpoints = context.checkpoints(name)
+        self._agreement = Agreement(context.ranks)
 
     def load(self) -> tuple[int, State] | None:
         """(step, state) of the newest valid checkpoint, on the CPU, or None: the same on every
@@ -65,7 +67,7 @@ class Saved:
         `state()` makes what is saved. It is called on every rank, so it may raise on every rank,
         and then nothing is saved: the last good checkpoint stays.
         """
-        stop, due = self.ranks.agree(signals.requested(), self.due())
+        stop, due = self._agreement(signals.requested(), self.due())
         if not (stop or due):
             return
         self.save(step, state(), wait=stop)
@@ -82,6 +84,7 @@ class Saved:
 
     def clear(self) -> None:
         """Delete the checkpoints, once no rank needs them and the result is on the disk."""
+        self._agreement.close()
         self.ranks.barrier()
         if self.ranks.is_main:
             self.checkpoints.clear()
