@@ -1,6 +1,7 @@
 """What an expert sees, how it is checked, and what it carries from step to step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from one_stage import one_stage
 
 from ltdd_scale.config.root import Config
 from ltdd_scale.data import augment
+from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import batches, cost, recipes, state, train
+from ltdd_scale.experts import batches, cost, growth, recipes, state, train
 from ltdd_scale.experts.settings import Engine, Expert, Role, Train
 from ltdd_scale.experts.stage import stage
 from ltdd_scale.models import flops
@@ -150,6 +152,52 @@ def test_a_training_that_is_cut_sees_the_same_batches(mixing):
         shown = (first.x[:, 0, 0, 0] + 0.5) * 255
         assert np.allclose(shown, first.chosen, atol=1e-3)
         assert first.y.argmax(1).tolist() == Held.labels[first.chosen].tolist()
+
+
+def test_images_grow_and_are_whole_at_the_end():
+    small = Expert(epochs=20, begin_resolution=112)
+    grown = growth.sides(small, 224)
+    assert grown[:10] == [112] * 10 and grown[-4:] == [224] * 4
+    assert grown == sorted(grown) and {s - 112 for s in grown} <= {0, 32, 64, 96, 112}
+    assert growth.sides(Expert(epochs=3), 32) == [32] * 3
+    assert growth.sides(Expert(epochs=1, begin_resolution=16), 32) == [16]
+    arithmetic = [
+        sum(s * s for s in growth.sides(Expert(epochs=100, **own), 32))
+        for own in ({"begin_resolution": 16}, {})
+    ]
+    assert 0.45 < arithmetic[0] / arithmetic[1] < 0.52
+
+
+def test_images_that_cannot_grow_are_refused():
+    pools = {"net": "resnet32", "begin_resolution": 16}
+    train.check(given(observer=pools))
+    with pytest.raises(UserError, match=r"begin_resolution=40 is above data.resolution=32"):
+        train.check(given(observer={**pools, "begin_resolution": 40}))
+    with pytest.raises(UserError, match=r"convnet3 fits images of one size only; .* resnet32"):
+        train.check(given("teacher", teacher={"begin_resolution": 16}))
+
+
+def test_smaller_images_are_the_same_windows_and_cost_less():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (37, 3, 8, 8)).astype(np.uint8)
+    images = MemoryImages(pixels, Held.labels, CPU)
+    sizes = {"normalize": lambda x: x, "num_classes": 2}
+    own = replace(course(mixing="unmixed"), images=images)
+    whole, grown = (
+        list(batches.from_step(replace(own, sides=sides), 0, 6, **sizes))
+        for sides in ((8, 8), (4, 8))
+    )
+    assert [b.x.shape[-1] for b in grown] == [4] * 3 + [8] * 3
+    for a, b in zip(grown, whole, strict=True):
+        assert a.chosen.tolist() == b.chosen.tolist() and torch.equal(a.y, b.y)
+        halved = torch.nn.functional.avg_pool2d(b.x, 2) if a.x.shape[-1] == 4 else b.x
+        assert (a.x - halved)[..., 1:-1, 1:-1].abs().mean() < 0.1
+    assert all(torch.equal(a.x, b.x) for a, b in zip(grown[3:], whole[3:], strict=True))
+
+    facts, resnet = Facts([100] * 10, 10), {"net": "resnet32", "epochs": 20}
+    full = cost.cost(given(observer=resnet), facts)
+    less = cost.cost(given(observer={**resnet, "begin_resolution": 16}), facts)
+    assert 0.4 < less.flops / full.flops < 0.6 and less.activations == full.activations
 
 
 def test_micro_batches_share_out_all_views():

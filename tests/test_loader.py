@@ -357,6 +357,28 @@ def test_an_image_that_stopped_decoding_is_named(split, backend):
     )  # the others are there
 
 
+@pytest.mark.parametrize(
+    "kind", [pytest.param("dali", marks=needs_dali), "held", "torch, 0 workers", "torch, 2 workers"]
+)
+@pytest.mark.parametrize("crop", [None, (0.3, 1.0)])
+def test_views_have_the_size_that_is_asked_for(photographs, kind, crop):
+    """A set of 48 pixels, seen at 24: what its 48 pixels show, halved."""
+    if kind == "dali":
+        images = dali.DaliImages(photographs, 48, CPU, 1)
+    elif kind == "held":
+        images = loader.open_images(photographs, Seen(resolution=48), CPU, 0)
+    else:
+        images = StreamedImages(photographs, 48, CPU, int(kind[7]))
+    full, half = (ViewSpec(side, crop, 4) for side in (48, 24))
+    todo = plans(full, images.sizes)
+    for large, small in zip(images.stream(todo, full), images.stream(todo, half), strict=True):
+        assert small.shape[-1] == 24 and large.shape[-1] == 48 and len(small) == len(large)
+        apart = (torch.nn.functional.avg_pool2d(large, 2) - small)[..., 3:-3, 3:-3]
+        assert apart.abs().mean() < 0.03
+    again = list(images.stream(todo, full))
+    assert all(torch.equal(a, b) for a, b in zip(again, images.stream(todo, full), strict=True))
+
+
 @needs_dali
 def test_training_goes_the_same_way_with_either_decoder(photographs, tmp_path):
     """What reaches the network is alike enough: mean pixels of an epoch's batches agree."""

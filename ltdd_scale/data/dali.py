@@ -37,16 +37,16 @@ MIXED: dict[str, Any] = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
 
 
 class _Resizer:
-    """Decoded images of any size, uint8 [h, w, 3], to views float [n, 3, R, R] in [0, 1], on
+    """Decoded images of any size, uint8 [h, w, 3], to views float [n, 3, side, side] in [0, 1], on
     `threads` threads: torch lets go of the interpreter's lock."""
 
-    def __init__(self, side: int, threads: int):
-        self.side, self.threads, self.pool = side, threads, ThreadPoolExecutor(threads, "resize")
+    def __init__(self, threads: int):
+        self.threads, self.pool = threads, ThreadPoolExecutor(threads, "resize")
 
-    def __call__(self, decoded: list[torch.Tensor], piece: Piece) -> torch.Tensor:
+    def __call__(self, decoded: list[torch.Tensor], piece: Piece, side: int) -> torch.Tensor:
         # The mode is the caller's thread's alone: ours could not write into a tensor made in it.
         with torch.inference_mode(False):
-            out = torch.empty(len(piece.cuts), 3, self.side, self.side)
+            out = torch.empty(len(piece.cuts), 3, side, side)
         cuts, of = piece.cuts.tolist(), piece.of.tolist()
 
         def some(first: int) -> None:
@@ -55,8 +55,7 @@ class _Resizer:
                 box = decoded[of[k]][top : top + h, left : left + w].permute(2, 0, 1)[None]
                 # Rows that follow each other in memory are resized a sixth faster, copy included.
                 box = box.contiguous(memory_format=torch.channels_last)
-                side = (self.side, self.side)
-                small = F.interpolate(box, side, mode="bilinear", antialias=True)[0]
+                small = F.interpolate(box, (side, side), mode="bilinear", antialias=True)[0]
                 out[k].copy_(small.flip(-1) if piece.mirrored[k] else small).mul_(1 / 255)
 
         list(self.pool.map(some, range(self.threads)))
@@ -84,7 +83,7 @@ class _Pipeline:
     def __init__(
         self,
         batch_size: int,
-        resolution: int,
+        side: int,
         device: torch.device,
         threads: int,
         cut: int,
@@ -93,7 +92,7 @@ class _Pipeline:
         from nvidia.dali import Pipeline
 
         gpu = device.type == "cuda"
-        self.batch_size, self.cut = batch_size, cut
+        self.batch_size, self.side, self.cut = batch_size, side, cut
         self.feed: Iterator[list] = iter(())
         self.pipe = Pipeline(
             batch_size,
@@ -106,9 +105,7 @@ class _Pipeline:
         with self.pipe:
             images, given = self._decode("mixed" if gpu and not on_cpu else "cpu")
             images = images.gpu() if gpu and on_cpu else images
-            views = [
-                self._view(images, *given[k : k + 3], resolution) for k in range(0, len(given), 3)
-            ]
+            views = [self._view(images, *given[k : k + 3], side) for k in range(0, len(given), 3)]
             self.pipe.set_outputs(*(views or [images]))
         self.pipe.build()
 
@@ -139,7 +136,7 @@ class _Pipeline:
         return images, views
 
     @staticmethod
-    def _view(images: Any, anchor: Any, shape: Any, mirror: Any, resolution: int) -> Any:
+    def _view(images: Any, anchor: Any, shape: Any, mirror: Any, side: int) -> Any:
         from nvidia.dali import fn
 
         images = fn.slice(
@@ -152,7 +149,7 @@ class _Pipeline:
         )
         images = fn.resize(
             images,
-            size=[resolution, resolution],
+            size=[side, side],
             interp_type=_type("INTERP_LINEAR"),
             antialias=True,
         )
@@ -189,7 +186,8 @@ class _Pipeline:
     def views(self, outputs: list[Any], piece: Piece, resizer: _Resizer) -> torch.Tensor:
         """The views of a piece, float [n, 3, R, R] in [0, 1]. The tensor owns its memory."""
         if not self.cut:
-            images = resizer([torch.from_dlpack(image) for image in outputs[0]], piece)
+            decoded = [torch.from_dlpack(image) for image in outputs[0]]
+            images = resizer(decoded, piece, self.side)
         elif self.cut == 1:
             images = torch.from_dlpack(outputs[0].as_tensor())
         else:
@@ -219,20 +217,20 @@ class DaliImages:
         self.threads, self.on_cpu = max(threads, 1), on_cpu
         self.sizes, self.labels, self.counts = split.sizes, split.labels, split.counts
         self._idle: list[_Pipeline] = []
-        self._resizer = _Resizer(resolution, self.threads)
+        self._resizer = _Resizer(self.threads)
 
-    def _pipeline(self, first: Plan, whole: bool) -> _Pipeline:
-        """One that is large enough for the plan `first`."""
+    def _pipeline(self, first: Plan, whole: bool, side: int) -> _Pipeline:
+        """One that is large enough for the plan `first`, and makes images of `side` pixels."""
         lengths = np.diff(np.append(runs(first[0]), len(first[0])))
         cut = int(lengths.max(initial=1)) if cuts_itself(self.device) else 0
         cut = min(cut, 1) if whole else cut
         batch_size = max(len(lengths), 1)
         for k, found in enumerate(self._idle):
-            if found.batch_size >= batch_size and found.cut == cut:
+            if found.batch_size >= batch_size and (found.cut, found.side) == (cut, side):
                 return self._idle.pop(k)
         # Another batch has come: the earlier pipelines' buffers are not needed beside it.
         self._idle.clear()
-        how = (self.resolution, self.device, self.threads, cut, self.on_cpu)
+        how = (side, self.device, self.threads, cut, self.on_cpu)
         return _Pipeline(batch_size, *how)
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
@@ -243,7 +241,9 @@ class DaliImages:
         if first is None:
             return
         whole = spec.crop_scale is None
-        pipeline = self._pipeline(first, whole or first[1] is None)
+        as_they_are = whole or first[1] is None
+        side = self.resolution if as_they_are else spec.resolution
+        pipeline = self._pipeline(first, as_they_are, side)
         under_way: deque[tuple[Piece, list]] = deque()
         pipeline.feed = self._feed(itertools.chain([first], plans), pipeline, whole, under_way)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None

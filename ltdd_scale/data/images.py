@@ -38,8 +38,9 @@ class Images(Protocol):
     counts: np.ndarray
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
-        """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order. Plans may be
-        asked for a few ahead. An image is decoded once for views of it that follow each other."""
+        """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order: views of the
+        spec's resolution, whole images of the set's. Plans may be asked for a few ahead. An image
+        is decoded once for views of it that follow each other."""
         ...
 
 

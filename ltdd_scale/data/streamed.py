@@ -127,7 +127,7 @@ class StreamedImages:
         for images, views in decoded(
             self.split,
             plan_list(plans),
-            self.resolution,
+            self.resolution if whole else spec.resolution,
             whole,
             self.workers,
             self.device.type == "cuda",

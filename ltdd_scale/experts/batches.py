@@ -4,7 +4,7 @@ resume or the backend that decodes it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ class Course:
     """Which images an expert sees, in which order, and how they are augmented.
 
     `mixing` says which streams of images there are, how often each image is seen, and how they
-    become what the network is shown.
+    become what the network is shown. `sides`: of each epoch, the side of the images in pixels
+    (none: the spec's); the windows that are cut out do not depend on it.
     """
 
     images: Images
@@ -31,6 +32,10 @@ class Course:
     batch_size: int  # of all ranks together
     mixing: Mixing
     ranks: Ranks
+    sides: Sequence[int] = ()
+
+    def spec_at(self, epoch: int) -> ViewSpec:
+        return replace(self.spec, resolution=self.sides[epoch]) if self.sides else self.spec
 
     @property
     def steps(self) -> int:
@@ -116,7 +121,7 @@ def from_step(
     while step < end:
         epoch, first = divmod(step, steps)
         plans = EpochPlans(course, epoch, first)
-        stream = course.images.stream(plans, course.spec)
+        stream = course.images.stream(plans, course.spec_at(epoch))
         for k in range(first, steps):
             images = [normalize(next(stream)).unflatten(0, (-1, mixing.views)) for _ in streams]
             chosen = [plans.chosen(k, s)[course.part] for s in streams]

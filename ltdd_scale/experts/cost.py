@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from ltdd_scale.experts import growth
 from ltdd_scale.experts.recipes import RECIPES
 from ltdd_scale.models import flops, registry
 from ltdd_scale.stage import Cost, Facts, Given
@@ -20,7 +23,8 @@ def cost(settings: Given, facts: Facts) -> Cost:
     net = (expert.net, expert.width, expert.norm, seen.resolution)
     mixing = RECIPES[expert.recipe].mixing(expert)
     views, streams = mixing.views, len(mixing.powers)
-    passes = expert.epochs * facts.num_images * views
+    sides = Counter(growth.sides(expert, seen.resolution))
+    work = sum(epochs * flops.forward(*net[:3], side) for side, epochs in sides.items())
     one = views * flops.activations(*net)
     micro = min(train.micro_batch, expert.batch_size)
     steps = expert.epochs * (facts.num_images // expert.batch_size)
@@ -30,7 +34,7 @@ def cost(settings: Given, facts: Facts) -> Cost:
     moments = 2 if expert.optimizer == "adamw" else 1
     memory = flops.FLOAT * (2 + moments) * parameters
     return Cost(
-        flops=passes * flops.forward(*net) * (1 + flops.BACKWARD),
+        flops=facts.num_images * views * work * (1 + flops.BACKWARD),
         decodes=facts.num_images * (1 if fits else expert.epochs * streams),
         steps=steps,
         # A BatchNorm over all ranks waits in the forward and in the backward pass.

@@ -64,6 +64,13 @@ class Expert(Settings):
     )
     randaugment: Whole = option(0, "RandAugment operations an image", low=0)
     magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
+    begin_resolution: Whole = option(
+        0,
+        "side in pixels of the images of the first half of the epochs; they then grow, and are "
+        "whole for the last fifth: from half of data.resolution that is half of the arithmetic; 0: "
+        "always whole",
+        low=0,
+    )
 
 
 TORCHVISION = "torchvision:"  # begins the name of weights that torchvision gives

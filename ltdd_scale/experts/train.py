@@ -13,7 +13,7 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import accuracy, batches, engine, state
+from ltdd_scale.experts import accuracy, batches, engine, growth, state
 from ltdd_scale.experts.batches import Batch, Course
 from ltdd_scale.experts.losses import Objective
 from ltdd_scale.experts.recipes import RECIPES
@@ -31,6 +31,7 @@ def check(settings: Given) -> None:
     expert = settings.expert
     net = (expert.net, expert.width, expert.norm, settings.images.resolution)
     registry.check(*net)
+    growth.check(settings.role, expert, settings.images.resolution)
     if settings.role == "observer" and not flops.norm_layers(*net):
         raise UserError(
             f"observer.net={expert.net} with norm={expert.norm} has no BatchNorm layer to align: "
@@ -194,6 +195,7 @@ def _course(settings: Given, split: ShardSplit, context: Context) -> Course:
         batch_size=expert.batch_size,
         mixing=RECIPES[expert.recipe].mixing(expert),
         ranks=ranks,
+        sides=growth.sides(expert, seen.resolution),
     )
 
 
