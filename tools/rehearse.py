@@ -135,24 +135,26 @@ def table(out: Path, ipc: int, numbers: list[int], classes: int) -> str:
         "recover": classes * ipc,
         "initialize": sum(numbers),
         "calibrate": sum(numbers),
-        "shard": sum(numbers),
+        **dict.fromkeys(("shard", "observer", "teacher"), sum(numbers)),
     }
     lines = [
         f"{sum(numbers):,} training images of {classes:,} classes, {max(numbers):,} … {min(numbers)}; IPC {ipc}, {classes * ipc:,} images. "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}.",
         "",
-        "| stage | seconds | ranks | images | ms an image | read, MB | peak memory of a rank, MB | of its GPU |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | seconds | of cores | ranks | images | ms of cores an image | read, MB | peak memory of a rank, MB | of its GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, saved in rows.items():
-        seconds, number = sum(s["seconds"] for s in saved), images.get(name, 0)
+        seconds, cores = (sum(s[key] for s in saved) for key in ("seconds", "core_seconds"))
+        number = images.get(name, 0)
         peak = [max(s["peak_mb"].get(k, 0) for s in saved) for k in ("cpu", "gpu")]
         cells = [
             name + (f" ({len(saved)})" if len(saved) > 1 else ""),
             f"{seconds:,.1f}",
+            f"{cores:,.1f}",
             str(max(s["ranks"] for s in saved)),
             f"{number:,}" if number else "–",
-            f"{1000 * seconds / number:.2f}" if number else "–",
+            f"{1000 * cores / number:.2f}" if number else "–",
             f"{sum(s.get('read_mb', 0) for s in saved):,}",
             f"{peak[0]:,}",
             f"{peak[1]:,}" if peak[1] else "–",

@@ -187,12 +187,11 @@ class _Work:
         quiet = self.how.quiet or not self.ranks.is_main
         how = (self.how.checkpoint_seconds, self.how.workers, quiet, part, self.how.location)
         context = Context(ranks, folder, inputs, node.fingerprint, *how)
-        begin, before = time.monotonic(), memory.read_mb()
-        memory.reset_peak()
+        begin, meter = time.monotonic(), memory.Meter()
         if not ranks.is_main:
             if not ranks.broadcast(None):  # rank 0 has the lock: is the folder complete?
                 self._run(node, context)
-                ranks.gather((memory.peak_mb(), memory.read_mb() - before))
+                ranks.gather(meter.used())
                 ranks.barrier()  # rank 0 has sealed the folder: what comes next may read it
             return {}
         try:
@@ -202,7 +201,7 @@ class _Work:
                     return saved["facts"]
                 store.unseal(folder)
                 facts = self._run(node, context)
-                used = ranks.gather((memory.peak_mb(), memory.read_mb() - before))
+                used = ranks.gather(meter.used())
                 if part is not None:
                     (folder / store.part_mark(*part)).touch()
                 else:
@@ -229,15 +228,15 @@ class _Work:
         ranks: Ranks,
         facts: dict[str, Any],
         seconds: float,
-        used: list[tuple[dict[str, int], int]],
+        used: list[memory.Used],
     ) -> None:
-        """`used`: of each rank its peaks of memory and the MB that it read."""
-        gpu, peaks = ranks.device.type == "cuda", [peak for peak, _ in used]
+        gpu, peaks = ranks.device.type == "cuda", [own.peak_mb for own in used]
         how = {
             "facts": facts,
             "seconds": round(seconds, 2),
             "peak_mb": {k: max(p.get(k, 0) for p in peaks) for k in peaks[0]},
-            "read_mb": sum(read for _, read in used),
+            "read_mb": sum(own.read_mb for own in used),
+            "core_seconds": round(sum(own.core_seconds for own in used), 2),
             "ranks": ranks.world_size,
             "precision": str(ranks.autocast_dtype or torch.float32).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",

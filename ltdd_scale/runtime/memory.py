@@ -1,8 +1,11 @@
-"""What one stage uses, not the process in its whole life: peak memory, and what it reads."""
+"""What one stage uses, not the process in its whole life: peak memory, what it reads, how long it
+keeps cores busy."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,3 +38,29 @@ def read_mb() -> int:
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("rchar:")).split()[1]) >> 20
     return 0
+
+
+def core_seconds() -> float:
+    """Seconds that cores have worked for this process and its workers, once they are over."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@dataclass(frozen=True)
+class Used:
+    """What one rank used: its peaks by `peak_mb`, what it read, what cores did for it."""
+
+    peak_mb: dict[str, int]
+    read_mb: int
+    core_seconds: float
+
+
+class Meter:
+    """What is used from when this is made."""
+
+    def __init__(self):
+        self._read, self._cores = read_mb(), core_seconds()
+        reset_peak()
+
+    def used(self) -> Used:
+        return Used(peak_mb(), read_mb() - self._read, core_seconds() - self._cores)
