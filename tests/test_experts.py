@@ -157,24 +157,33 @@ def test_a_training_that_is_cut_sees_the_same_batches(mixing):
 def test_images_grow_and_are_whole_at_the_end():
     small = Expert(epochs=20, begin_resolution=112)
     grown = growth.sides(small, 224)
-    assert grown[:10] == [112] * 10 and grown[-4:] == [224] * 4
-    assert grown == sorted(grown) and {s - 112 for s in grown} <= {0, 32, 64, 96, 112}
+    assert grown[:11] == [112] * 11 and grown[-4:] == [224] * 4
+    assert grown[11:16] == [128, 144, 160, 192, 208], "in a straight line, by sixteens"
     assert growth.sides(Expert(epochs=3), 32) == [32] * 3
-    assert growth.sides(Expert(epochs=1, begin_resolution=16), 32) == [16]
+    for epochs in (1, 2, 3, 4):
+        assert growth.sides(Expert(epochs=epochs, begin_resolution=16), 32)[-1] == 32
     arithmetic = [
-        sum(s * s for s in growth.sides(Expert(epochs=100, **own), 32))
+        sum(side**2 for side in growth.sides(Expert(epochs=100, **own), 32))
         for own in ({"begin_resolution": 16}, {})
     ]
     assert 0.45 < arithmetic[0] / arithmetic[1] < 0.52
 
 
-def test_images_that_cannot_grow_are_refused():
-    pools = {"net": "resnet32", "begin_resolution": 16}
-    train.check(given(observer=pools))
-    with pytest.raises(UserError, match=r"begin_resolution=40 is above data.resolution=32"):
-        train.check(given(observer={**pools, "begin_resolution": 40}))
-    with pytest.raises(UserError, match=r"convnet3 fits images of one size only; .* resnet32"):
-        train.check(given("teacher", teacher={"begin_resolution": 16}))
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ({"begin_resolution": 32}, "begin_resolution=32 is not below data.resolution=32"),
+        ({"net": "convnet3"}, "convnet3 fits images of one size only.*such as resnet32"),
+        ({"net": "vgg11_cifar"}, "begin_resolution=16: vgg11_cifar .* at least 32 pixels, not 16; raise it, or 0"),
+    ],
+)
+def test_images_that_cannot_grow_are_refused(own, said):
+    usual = {"net": "resnet32", "begin_resolution": 16}
+    train.check(given(observer=usual))
+    with pytest.raises(UserError, match=said):
+        train.check(given(observer={**usual, **own}))
+    with pytest.raises(UserError, match=r"does not go with train\.compile"):
+        train.check(given(observer=usual, train={"compile": True}))
 
 
 def test_smaller_images_are_the_same_windows_and_cost_less():

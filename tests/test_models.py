@@ -244,7 +244,7 @@ def test_a_damaged_network_is_refused(tmp_path):
         (
             "vgg11_cifar",
             31,
-            "vgg11_cifar needs images of at least 32 pixels, data.resolution is 31",
+            "vgg11_cifar needs images of at least 32 pixels, not 31",
         ),
         ("alexnet_cifar", 7, "alexnet_cifar needs images of at least 8 pixels"),
         ("resnet18_instance", 8, "resnet18_instance needs images of at least 9 pixels"),

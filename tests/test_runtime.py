@@ -47,7 +47,7 @@ def test_the_newest_valid_checkpoint_counts(tmp_path):
     with pytest.raises(UserError, match="belongs to other work"):
         Checkpoints(tmp_path / "c", "you", 0).load()
     with pytest.raises(
-        UserError, match=r"begun on a CPU.* go on in bfloat16 on H100: .* constraint"
+        UserError, match=r"begun on a CPU.* continue in bfloat16 on H100: .* constraint"
     ):
         Checkpoints(tmp_path / "c", "me in bfloat16 on H100", 0).load()
     c.clear()

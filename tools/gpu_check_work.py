@@ -352,7 +352,7 @@ def group(asked: argparse.Namespace) -> None:
             "barrier": two.barrier,
             "broadcast": lambda: two.broadcast({"a": 1}),
             "gather": lambda: two.gather({"a": 1}),
-            "agree": lambda: two.agree(True, False),
+            "agree": lambda: agreed(two),
             "all_reduce": lambda: two.all_reduce(torch.ones(8, device=alone.device)).sum().item(),
             f"half of {observer.title}": lambda: run_stage(observer, "half", two),
             "leave": dist.destroy_process_group,
@@ -365,6 +365,14 @@ def group(asked: argparse.Namespace) -> None:
             except Exception as error:
                 rows.add(f"ranks {name}", error=f"{type(error).__name__}: {str(error)[:200]}")
     rows.add("ranks", step="all", seconds="")
+
+
+def agreed(two: Any) -> None:
+    """Wishes that are asked for, and told at the next call."""
+    agreement = ranks.Agreement(two)
+    agreement(True, False)
+    assert agreement(False, False) == (True, False)
+    agreement.close()
 
 
 def is_expert(work: Work) -> bool:

@@ -141,11 +141,11 @@ def table(out: Path, ipc: int, numbers: list[int], classes: int) -> str:
         f"{sum(numbers):,} training images of {classes:,} classes, {max(numbers):,} … {min(numbers)}; IPC {ipc}, {classes * ipc:,} images. "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}.",
         "",
-        "| stage | seconds | of cores | ranks | images | ms of cores an image | read, MB | peak memory of a rank, MB | of its GPU |",
+        "| stage | seconds | core seconds | ranks | images | core ms an image | read, MB | peak memory of a rank, MB | of its GPU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, saved in rows.items():
-        seconds, cores = (sum(s[key] for s in saved) for key in ("seconds", "core_seconds"))
+        seconds, cores = (sum(s.get(key, 0) for s in saved) for key in ("seconds", "core_seconds"))
         number = images.get(name, 0)
         peak = [max(s["peak_mb"].get(k, 0) for s in saved) for k in ("cpu", "gpu")]
         cells = [

@@ -48,7 +48,7 @@ def decode(split: ShardSplit, resolution: int, workers: int) -> np.ndarray:
     """Every image of a split, whole and centred: uint8 [N, 3, R, R]."""
     pixels = np.empty((len(split), 3, resolution, resolution), np.uint8)
     plans = [(np.arange(i, min(i + 256, len(split))), None) for i in range(0, len(split), 256)]
-    batches = streamed.decoded(split, plans, resolution, True, workers if len(split) > FEW else 0)
+    batches = streamed.decoded(split, plans, resolution, 0, workers if len(split) > FEW else 0)
     for (indices, _), (images, _) in zip(plans, batches, strict=True):
         signals.check()
         pixels[indices] = images.numpy()

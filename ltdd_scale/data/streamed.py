@@ -27,24 +27,21 @@ def plan_list(plans: Iterable[Plan]) -> Sequence[Plan]:
 
 
 class _Decoding(Dataset):
-    """Item k is the whole batch of plan k: uint8 [n, 3, R, R], with its plan's views. Crops are cut
-    and mirrored; whole images are not."""
+    """Item k is the whole batch of plan k: uint8 [n, 3, R, R], with its plan's views. Views are
+    crops of side `crop`, cut and mirrored; where it is 0, and without views, images are whole."""
 
-    def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int, whole: bool):
-        self.split, self.plans, self.resolution, self.whole = split, plans, resolution, whole
+    def __init__(self, split: ShardSplit, plans: Sequence[Plan], resolution: int, crop: int):
+        self.split, self.plans, self.resolution, self.crop = split, plans, resolution, crop
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Views | None]:
         indices, views = self.plans[index]
-        r = self.resolution
+        crops = views is not None and self.crop
+        r = self.crop if crops else self.resolution
         out = np.empty((len(indices), 3, r, r), np.uint8)
-        boxes = (
-            None
-            if views is None or self.whole
-            else augment.pixel_boxes(views.windows, self.split.sizes[indices])
-        )
+        boxes = augment.pixel_boxes(views.windows, self.split.sizes[indices]) if crops else None
         starts = runs(indices)
         for first, end in zip(starts, [*starts[1:], len(indices)], strict=True):
             i = int(indices[first])
@@ -97,13 +94,14 @@ def decoded(
     split: ShardSplit,
     plans: Sequence[Plan],
     resolution: int,
-    whole: bool,
+    crop: int,
     workers: int,
     pin: bool = False,
 ) -> Iterator[tuple[torch.Tensor, Views | None]]:
-    """The batches of `plans`, uint8, in their order."""
+    """The batches of `plans`, uint8, in their order: whole images of `resolution`, crops of side
+    `crop` (0: whole, whatever their views)."""
     loader = DataLoader(
-        _Decoding(split, plans, resolution, whole),
+        _Decoding(split, plans, resolution, crop),
         batch_size=None,
         # One batch is not worth a process.
         num_workers=max(0, min(workers, len(os.sched_getaffinity(0)), len(plans) - 1)),
@@ -127,8 +125,8 @@ class StreamedImages:
         for images, views in decoded(
             self.split,
             plan_list(plans),
-            self.resolution if whole else spec.resolution,
-            whole,
+            self.resolution,
+            0 if whole else spec.resolution,
             self.workers,
             self.device.type == "cuda",
         ):

@@ -138,7 +138,7 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
 
     def decoded() -> Iterable[Tensor]:
         for done, (batch, _) in enumerate(
-            streamed.decoded(split, plans, size, True, context.workers), 1
+            streamed.decoded(split, plans, size, 0, context.workers), 1
         ):
             yield batch
             progress.update(done)

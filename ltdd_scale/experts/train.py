@@ -31,7 +31,7 @@ def check(settings: Given) -> None:
     expert = settings.expert
     net = (expert.net, expert.width, expert.norm, settings.images.resolution)
     registry.check(*net)
-    growth.check(settings.role, expert, settings.images.resolution)
+    growth.check(settings.role, expert, settings.train, settings.images.resolution)
     if settings.role == "observer" and not flops.norm_layers(*net):
         raise UserError(
             f"observer.net={expert.net} with norm={expert.norm} has no BatchNorm layer to align: "

@@ -104,7 +104,7 @@ def _need(net: str, side: int, resolution: int) -> None:
     """Raise `UserError` where images are smaller than `side` pixels."""
     if resolution < side:
         raise UserError(
-            f"{net} needs images of at least {side} pixels, data.resolution is {resolution}"
+            f"{net} needs images of at least {side} pixels, not {resolution}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ltdd_scale.errors import PassingError, UserError
-from ltdd_scale.runtime import signals, tensors
+from ltdd_scale.runtime import place, signals, tensors
 
 
 def not_ours(path: Path, owner: str, ours: str) -> UserError:
@@ -21,10 +21,11 @@ def not_ours(path: Path, owner: str, ours: str) -> UserError:
             "--store"
         )
     now = ours.partition(" ")[2]
-    return UserError(
-        f"{path} was begun {begun or 'on a CPU'}, and this would go on {now or 'on a CPU'}: the "
-        "bytes would be those of neither. Go on where it was begun (a profile asks for a kind of "
-        "GPU by constraint or gres), or delete it to begin again"
+    error = PassingError if place.here().in_slurm else UserError  # another turn may be there again
+    return error(
+        f"{path} was begun {begun or 'on a CPU'}, and here it would continue {now or 'on a CPU'}: "
+        "the bytes would be those of neither. Go on where it was begun (a profile asks for a kind "
+        "of GPU by constraint or gres), or delete it to begin again"
     )
 
 

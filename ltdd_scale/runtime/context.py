@@ -68,9 +68,9 @@ class Context:
         )
 
     def checkpoints(self, name: str = "checkpoints") -> Checkpoints:
-        # What one kind of GPU began no other goes on with, nor in float32 what was begun in
-        # bfloat16: the bits would be other ones, and the fingerprint does not tell them apart.
-        owner = " ".join([self.owner, *self.ranks.computes()])
+        # Work goes on only on the kind of GPU and in the precision it was begun in. Others give
+        # other bits, and the fingerprint does not know them.
+        owner = " ".join([self.owner, *self.ranks.done_in_and_on()])
         return Checkpoints(self.out / name, owner, self.checkpoint_seconds)
 
     def log(self, history: Sequence[dict[str, Any]]) -> None:

@@ -82,8 +82,9 @@ class Ranks:
         dist.all_reduce(bits, op=dist.ReduceOp.BOR)
         return tuple(map(bool, bits.tolist()))
 
-    def computes(self) -> list[str]:
-        """What decides over bits beside the work itself: "in bfloat16", "on NVIDIA …"."""
+    def done_in_and_on(self) -> list[str]:
+        """What bits depend on besides the work: "in bfloat16", "on NVIDIA …"; nothing on a CPU in
+        float32."""
         dtype, gpu = self.autocast_dtype, self.device.type == "cuda"
         words = [] if dtype is None else [f"in {str(dtype).removeprefix('torch.')}"]
         return [*words, f"on {torch.cuda.get_device_name(self.device)}"] if gpu else words
@@ -127,18 +128,16 @@ class Agreement:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self._sent: tuple[torch.Tensor, Any] | None = None
-        self._told: tuple[bool, ...] = ()
 
     def __call__(self, *wishes: bool) -> tuple[bool, ...]:
         if self.ranks.world_size == 1:
             return wishes
-        asked = self.close() or (False,) * len(wishes)
-        bits = torch.tensor(wishes, dtype=torch.uint8)
+        told = self.close() or (False,) * len(wishes)
+        # What is told now is done now: it is not asked for again.
+        fresh = [wish and not known for wish, known in zip(wishes, told, strict=True)]
+        bits = torch.tensor(fresh, dtype=torch.uint8)
         self._sent = bits, dist.all_reduce(bits, op=dist.ReduceOp.BOR, async_op=True)
-        # What was just told was still wished when this was asked: it is not told twice.
-        before = self._told or (False,) * len(wishes)
-        self._told = tuple(now and not then for now, then in zip(asked, before, strict=True))
-        return self._told
+        return told
 
     def close(self) -> tuple[bool, ...]:
         """Wait for the wishes that are on their way, and return them; empty where none are."""
@@ -203,28 +202,38 @@ def _prepare_gpu(rank: int, local: int, precision: str) -> None:
 
 
 class Compute(NamedTuple):
-    """What a rank computes on: "cpu" or "cuda", which GPU, and in which precision."""
+    """What a rank computes on: "cpu" or "cuda", which GPU and of which model, in which
+    precision."""
 
     kind: str
     gpu: str
     precision: str
+    model: str = ""
 
 
 def compute(kind: str, local: int, precision: str) -> Compute:
     """What a rank with GPU `local` computes on."""
-    gpu = str(torch.cuda.get_device_properties(local).uuid) if kind == "cuda" else ""
-    return Compute(kind, gpu, precision)
+    if kind != "cuda":
+        return Compute(kind, "", precision)
+    gpu = torch.cuda.get_device_properties(local)
+    return Compute(kind, str(gpu.uuid), precision, gpu.name)
 
 
 def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
     """Raise where `ranks`, what each rank computes on, cannot work together: NCCL would wait for
     the rank that has no GPU, and bits would depend on which rank does what."""
     kinds = _ranks_by(own.kind for own in ranks)
+    error = PassingError if in_slurm else UserError  # another turn may get other nodes
     if len(kinds) > 1:
-        error = PassingError if in_slurm else UserError  # another node may have its GPU
         raise error(
             f"ranks compute on different devices ({_told(kinds)}): see whether torch sees a GPU on "
             "every node, or set runtime.device=cpu"
+        )
+    models = _ranks_by(own.model for own in ranks)
+    if len(models) > 1:
+        raise error(
+            f"ranks compute on different GPUs ({_told(models)}): bits would depend on which rank "
+            "does what; give a run one kind (a profile's constraint or gres, CUDA_VISIBLE_DEVICES)"
         )
     precisions = _ranks_by(own.precision for own in ranks)
     if len(precisions) > 1:

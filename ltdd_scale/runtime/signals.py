@@ -2,8 +2,8 @@
 
 The handler sets a flag and says so, no more: repeated signals are harmless, and nothing happens in
 the middle of anything. Work looks at the flag where
-it can stop: training at every step, where all ranks agree on it, other work between two pieces. It
-then saves and leaves with `STOP_CODE`.
+it can stop: training at every step, which all ranks hear of at the next one, other work between two
+pieces. It then saves and leaves with `STOP_CODE`.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class Saved:
         if self.ranks.is_main:
             self.checkpoints.save(step, state, wait)
         if wait:
+            self._agreement.close()
             self.ranks.barrier()
 
     def after(self, step: int, state: Callable[[], State]) -> None:
