@@ -87,6 +87,7 @@ def test_a_file_counts_by_what_it_holds(at, monkeypatch):
     assert facts(at, "three")["val_balanced"] == facts(at, "one")["val_balanced"]
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_is_debiased_and_the_same_on_two_ranks(at):
     value = {n: t for n, t in tensors(at).items() if not n.startswith("classifier")}
     safetensors.torch.save_file(value, at / "backbone.safetensors")

@@ -127,6 +127,7 @@ def test_a_single_bad_image_is_quarantined_and_the_run_goes_on(tmp_path):
     assert cli("verify", quarantine.parent).returncode == 0
 
 
+@pytest.mark.slow
 def test_more_ranks_than_chunks(finished, tmp_path):
     config, run = finished
     done = cli(
@@ -259,6 +260,7 @@ def test_the_readme_names_commands_that_exist():
     assert "make quickstart" in readme and "make test" in readme
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_machine_has(tiny, tmp_path):
     """Nothing starts: not one of 500 processes."""
     cores = len(os.sched_getaffinity(0))

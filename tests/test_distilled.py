@@ -171,6 +171,7 @@ print(peaks[1] - peaks[0])
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_streamed_set(tmp_path):
     for name, classes in (("small", 2), ("large", 60)):
         (tmp_path / name).mkdir()

@@ -174,7 +174,10 @@ def test_images_grow_and_are_whole_at_the_end():
     [
         ({"begin_resolution": 32}, "begin_resolution=32 is not below data.resolution=32"),
         ({"net": "convnet3"}, "convnet3 fits images of one size only.*such as resnet32"),
-        ({"net": "vgg11_cifar"}, "begin_resolution=16: vgg11_cifar .* at least 32 pixels, not 16; raise it, or 0"),
+        (
+            {"net": "vgg11_cifar"},
+            "begin_resolution=16: vgg11_cifar .* at least 32 pixels, not 16; raise it, or 0",
+        ),
     ],
 )
 def test_images_that_cannot_grow_are_refused(own, said):

@@ -352,6 +352,7 @@ def config_file(folder: Path, **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_and_ended_on_three_gives_the_bytes_of_one(shard, tmp_path):
     config = config_file(tmp_path)
     given = {"inputs": {"shard": shard}, "sets": ["runtime.checkpoint_seconds=0"]}

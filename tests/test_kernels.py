@@ -200,6 +200,7 @@ def of_rank(rank, folder):
     library._destroy()
 
 
+@pytest.mark.slow
 def test_batchnorm_over_two_ranks_is_that_of_all_rows(tmp_path):
     mp.spawn(of_rank, (str(tmp_path),), nprocs=2)
 

@@ -23,7 +23,10 @@ pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not 
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
 )
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
 WIDTHS, SCHEMES = (1400, 400), ("light", "dark")
 MOST = 5_000_000  # bytes of a page
 WARNED = "the teacher (51.0) is worse than the plain network after logit adjustment (52.0)"

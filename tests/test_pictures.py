@@ -100,6 +100,7 @@ def test_ids_on_a_page_are_told_apart(kept):
         assert {a or b for a, b in used} <= own
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_again_and_in_another_process(kept, gallery, tmp_path):
     folder, _ = kept
     again = [p for p in gallery.all() if p.name in ("message", "embeddings", "tree")]

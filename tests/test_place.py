@@ -130,6 +130,7 @@ def test_a_collective_of_gpus_that_hangs_ends_and_a_wait_on_cpus_does_not():
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_compare_what_they_compute_in_before_any_collective(tmp_path):
     code = (
         "import sys; from ltdd_scale.runtime import ranks\n"

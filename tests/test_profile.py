@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, cli, image_folder, said_plainly
 
 from ltdd_scale.data import profile, sharding, sources
@@ -46,6 +47,7 @@ def test_inspect_shows_a_set_and_a_run(tmp_path, finished):
     said_plainly(cli("inspect", tmp_path / "real"), "no shard set there")
 
 
+@pytest.mark.slow
 def test_the_tool_writes_imagenet_lt_and_a_run_takes_it(tmp_path):
     """The official form of lists over an ILSVRC tree with flat val images, by the tool; then a stage reads the set."""
     root = tmp_path / "ilsvrc"

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, clean_environment, image_folder
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_and_says_what_it_took(tmp_path):
     image_folder(tmp_path / "some", {"a": 3}, size=40)
 

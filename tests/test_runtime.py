@@ -153,6 +153,7 @@ def agreeing_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree_a_step_late_without_waiting(tmp_path):
     mp.spawn(agreeing_rank, (str(tmp_path),), nprocs=2)
 

@@ -563,6 +563,7 @@ def test_labels_belong_to_the_images(run):
     )
 
 
+@pytest.mark.slow
 def test_the_tool_compares_groups_of_networks(run):
     """Two plain networks and two students, each criterion; random groups agree by chance only."""
     script = ROOT / "tools" / "group_stability.py"

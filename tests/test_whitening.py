@@ -284,6 +284,7 @@ def test_experts_and_matching_see_whitened_images(run):
     assert torch.equal(learned.normalized(start), own(start / 255))
 
 
+@pytest.mark.slow
 def test_ranks_and_interruptions_change_no_byte(run, tmp_path, monkeypatch):
     path, first = run
     shutil.copytree(first.parent / "store", tmp_path / "store")

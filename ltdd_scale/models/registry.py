@@ -103,9 +103,7 @@ class AlexNet(nn.Sequential):
 def _need(net: str, side: int, resolution: int) -> None:
     """Raise `UserError` where images are smaller than `side` pixels."""
     if resolution < side:
-        raise UserError(
-            f"{net} needs images of at least {side} pixels, not {resolution}"
-        )
+        raise UserError(f"{net} needs images of at least {side} pixels, not {resolution}")
 
 
 class _Block(nn.Module):
