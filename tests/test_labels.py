@@ -70,6 +70,13 @@ def maker(**changes) -> Maker:
     return dataclasses.replace(made, **changes)
 
 
+class Half(Ranks):
+    """One of two ranks, whose sums are its own share."""
+
+    def all_reduce(self, tensor):
+        return tensor
+
+
 def shown(made: Maker, labels, epoch: int, batches: list, key="another seed"):
     """(drawn, images) of an epoch as a student would see them."""
     drawn = draw_epoch(SPEC, made.images.sizes, *labels.view_key(key, epoch), True)
@@ -250,6 +257,21 @@ def test_stored_labels_do_not_depend_on_the_number_of_ranks(tmp_path):
     )
 
 
+@pytest.mark.parametrize("views", [None, SPEC.draw(rng("v"), images().sizes)])
+def test_ranks_share_out_a_pass_and_tell_how_far_they_are(views):
+    whole = adjust.logits_of(maker(), views)
+    told = []
+    shares = [
+        adjust.logits_of(
+            maker(ranks=Half(rank, 2, CPU, None), tell=lambda *at: told.append(at)), views
+        )
+        for rank in (0, 1)
+    ]
+    assert torch.equal(shares[0] + shares[1], whole), "batches are the same on any number of ranks"
+    own = [set(share.abs().sum(1).nonzero()[:, 0].tolist()) for share in shares]
+    assert own == [{0, 1, 2, 3, 8, 9, 10}, {4, 5, 6, 7}] and told == [(1, 2), (2, 2), (1, 1)]
+
+
 def test_adsa_finds_the_shift_that_was_put_in():
     """Logits biased by 0.7 · log π: τ = 0.7 makes every class equally confident."""
     prior = np.asarray([100.0, 30, 10, 3, 1])
@@ -317,8 +339,8 @@ def test_a_single_label_is_the_mean_over_the_whole_image_and_views():
         shown += [augment.apply(shown[0], drawn[[i]], SPEC) for drawn in views]
         logits = torch.cat([made.teacher.logits(made.normalize(x)) for x in shown])
         assert torch.allclose(table[i], logits.mean(0), atol=1e-5)
-    other = maker(relabel=three, ranks=Ranks(1, 2, CPU, None))
-    assert torch.equal(single.fresh(other).table, table)
+    halves = [maker(relabel=three, ranks=Half(rank, 2, CPU, None)) for rank in (0, 1)]
+    assert torch.equal(sum(single.fresh(half).table for half in halves), table)
     batches = maker(relabel=Relabel(batch_size=11, views=3))
     assert torch.allclose(single.fresh(batches).table, table, atol=1e-5)
     once = single.fresh(maker(relabel=Relabel(batch_size=4))).table

@@ -12,18 +12,27 @@ from ltdd_scale.labels.contract import Maker
 
 
 def whole_logits(maker: Maker) -> Tensor:
-    """The teacher's logits on each whole, unaugmented image, float32 [n, C], not adjusted."""
+    """The teacher's logits on each whole, unaugmented image, float32 [n, C], not adjusted, the same
+    on every rank."""
     return logits_of(maker, None)
 
 
 def logits_of(maker: Maker, views: Views | None) -> Tensor:
     """The teacher's logits on one view of each image, float32 [n, C], not adjusted. `views`: of all
-    images, as `ViewSpec.draw` draws them; None: the whole images."""
-    size, order = maker.relabel.batch_size, np.arange(len(maker.images.labels))
+    images, as `ViewSpec.draw` draws them; None: the whole images.
+
+    Ranks share out the batches, whose composition does not depend on how many ranks there are.
+    """
+    size, order, ranks = maker.relabel.batch_size, np.arange(len(maker.images.labels)), maker.ranks
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    plans = [(batch, None if views is None else views[batch]) for batch in batches]
-    shown = maker.images.stream(plans, maker.spec)
-    return torch.cat([maker.teach(maker.normalize(x)) for x in shown])
+    mine = batches[ranks.rank :: ranks.world_size]
+    plans = [(batch, None if views is None else views[batch]) for batch in mine]
+    shown = zip(mine, maker.images.stream(plans, maker.spec), strict=True)
+    out = torch.zeros(len(order), maker.num_classes, device=ranks.device)
+    for number, (batch, x) in enumerate(shown, 1):
+        out[batch[0] : batch[-1] + 1] = maker.teach(maker.normalize(x))
+        maker.tell(number, len(mine))
+    return ranks.all_reduce(out)
 
 
 def adsa_tau(

@@ -33,7 +33,8 @@ class Maker:
     `teacher` is None for labels that no network makes. `normalize` takes images float [n, 3, R, R]
     in [0, 1]. `spec` is what the student's views are drawn from, `views` their settings. `relabel`
     is what the kind depends on (`Kind.settings`), None where that is nothing or where labels are
-    only loaded. `train_counts` int [C] are the images of each class of the long-tailed set. `seed`
+    only loaded. `tell(done, total)` hears of each batch of a pass over all images; work may stop
+    there. `train_counts` int [C] are the images of each class of the long-tailed set. `seed`
     is the config's, `epochs` the student's. `learned` are the logits float32 [n, C] that the set
     brings, None where it brings none or nobody asks for them.
     """
@@ -50,6 +51,7 @@ class Maker:
     epochs: int
     ranks: Ranks
     learned: np.ndarray | None = None
+    tell: Callable[[int, int], None] = lambda done, total: None
 
     def teach(self, x: Tensor) -> Tensor:
         """The teacher's logits float32 [n, C] on normalised images [n, 3, R, R]."""

@@ -56,4 +56,17 @@ def _maker(kind: Kind, settings: Any, context: Context) -> Maker:
         epochs=settings.student_epochs if "student_epochs" in settings else 0,
         ranks=ranks,
         learned=held.learned() if kind.of_set else None,
+        tell=_Told(context),
     )
+
+
+class _Told:
+    """Passes over the images, one after the other, as progress that people see."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 1:
+            self.progress = self.context.progress("relabel", total, "batches")
+        self.progress.update(done)
