@@ -1,8 +1,12 @@
+from pathlib import Path
+
+import numpy as np
 import rldd_tools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltdd_scale.methods.rldd import chunks
+from ltdd_scale.data import distilled
+from ltdd_scale.methods.rldd import chunks, recover
 from ltdd_scale.methods.rldd.method import RLDD
 from ltdd_scale.methods.rldd.settings import Recover
 from ltdd_scale.stage import Facts, function, settings_of
@@ -64,3 +68,22 @@ def test_the_hint_gives_every_rank_a_chunk(num_classes, ipc, batch_size, chunk_c
         assert pieces(int(hint.rpartition("=")[2]))[0] >= world
     else:
         assert pieces(1)[0] < world
+
+
+def test_a_class_is_put_together_without_reading_whole_chunks(tmp_path):
+    """At IPC 50 a thousand classes have each an image in fifty chunks of a hundred: to read the
+    chunks for each of them would be a hundred times the set."""
+    work = chunks.chunks(num_classes=64, ipc=4, batch_size=64)
+    generator = np.random.default_rng(0)
+    whole = generator.integers(0, 256, (64, 4, 3, 32, 32), dtype=np.uint8)
+    for chunk in work:
+        pixels = whole[list(chunk.classes), chunk.first : chunk.last].reshape(-1, 3, 32, 32)
+        distilled.save(recover._chunk_file(tmp_path, chunk), pixels)
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    before = read()
+    found = [recover._class_images(tmp_path, work, label) for label in range(64)]
+    assert read() - before < 4 * whole.nbytes
+    assert np.array_equal(np.stack(found), whole)

@@ -122,7 +122,7 @@ class Distilled:
     def load(self, label: int) -> np.ndarray:
         """The images of a class, uint8 [n, 3, R, R], not read until they are looked at."""
         path = class_file(self.folder, label)
-        pixels = _mapped(path)
+        pixels = mapped(path)
         square = pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[2] == pixels.shape[3]
         if pixels.dtype != np.uint8 or not square or not len(pixels):
             raise UserError(
@@ -150,7 +150,7 @@ class Distilled:
         path = learned_file(self.folder)
         if not path.exists():
             return None
-        logits, expected = _mapped(path), (len(self), self.num_classes)
+        logits, expected = mapped(path), (len(self), self.num_classes)
         if logits.dtype != np.float32 or logits.shape != expected:
             raise UserError(
                 f"{path}: expected logits float32 {list(expected)}, got {logits.dtype} "
@@ -215,8 +215,9 @@ def _ahead(pool: ThreadPoolExecutor, read: Any, plans: Iterable[Plan]) -> Iterat
             future.cancel()
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """Copied on writing: torch warns of arrays that cannot be written to."""
+def mapped(path: Path) -> np.ndarray:
+    """The array in `path`, not read until it is looked at. Raises `UserError` where it is missing
+    or damaged. (Copied on writing: torch warns of arrays that cannot be written to.)"""
     try:
         return np.lib.format.open_memmap(path, mode="c")
     except FileNotFoundError:

@@ -390,11 +390,12 @@ def _stop_file(folder: Path, chunk: Chunk) -> Path:
 
 
 def _class_images(folder: Path, work: list[Chunk], label: int) -> np.ndarray:
-    """A class from its parts in the chunk files, uint8 [IPC, 3, R, R]."""
+    """A class from its parts in the chunk files, uint8 [IPC, 3, R, R]. Of these no more is read:
+    each may hold one image of each of a hundred classes."""
     parts = []
     for chunk in work:
         if label in chunk.classes:
             at, n = chunk.classes.index(label), chunk.last - chunk.first
-            part = distilled.load(_chunk_file(folder, chunk))
-            parts.append(part[at * n : (at + 1) * n])
+            chunk_images = distilled.mapped(_chunk_file(folder, chunk))
+            parts.append(chunk_images[at * n : (at + 1) * n])
     return np.concatenate(parts)
