@@ -275,7 +275,8 @@ def _rename_provenance(source: Path, fresh: Path, suffix: str) -> None:
 def _copy_labels(source: Path, fresh: Path) -> None:
     (fresh / "labels").mkdir()
     for path in sorted(source.iterdir()):
-        if path.suffix in (".npy", ".json") and path.name != "stage.json":
+        result = path.suffix in (".npy", ".json") and not path.name.startswith(".")
+        if result and path.name != "stage.json":
             shutil.copyfile(path, fresh / "labels" / path.name)
 
 
