@@ -7,6 +7,7 @@ from typing import Any
 from ltdd_scale.config.root import Config
 from ltdd_scale.data.stage import stage as shard
 from ltdd_scale.data.stage import whiten
+from ltdd_scale.experts.settings import OBSERVER
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.experts.stage import stage as expert
 from ltdd_scale.judging import choose
@@ -45,6 +46,8 @@ def experts(config: Any) -> tuple[str, ...]:
     teacher = tuple(labellers(config)) if labels or protocol.teacher(config) else ()
     observer = ("observer",) if protocol.observer(config) else ()
     asked = {*method.experts(config), *teacher, *observer}
+    if "teacher" in asked and config.teacher.weights == OBSERVER:
+        asked.add("observer")
     return tuple(role for role in ROLES if role in asked)
 
 

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from conftest import cli, said_plainly
 
+from ltdd_scale import recipe
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import layouts
@@ -237,3 +238,41 @@ def test_safetensors_of_ours_are_read(at):
     safe.save(at / "own.safetensors", made_of, weights)
     found = layouts.fit(layouts.read(str(at / "own.safetensors"), "convnet3"), NET)
     assert found.how == "by name, under 'backbone.'"
+
+
+def test_one_training_gives_both_experts(at):
+    """The teacher is the observer: the same bytes, and what was found of the one holds for the
+    other."""
+    like = {"width": 16, "epochs": 12, "batch_size": 16, "lr": 3e-3, "crop_padding": 1}
+    same = ["teacher.weights=observer", *(f"observer.{k}={v}" for k, v in like.items())]
+    done = train(at, "both", same)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is trained: teacher.epochs, teacher.batch_size, teacher.lr" in done.stderr
+    stages = json.loads((at / "both" / "run.json").read_text())["stages"]
+    observer, teacher = (at / "store" / stages[role] for role in ("observer", "teacher"))
+    assert (observer / "weights.pt").read_bytes() == (teacher / "weights.pt").read_bytes()
+    found = [json.loads((f / "stage.json").read_text())["facts"] for f in (observer, teacher)]
+    assert found[0].pop("steps") > 0 and found[0] == found[1] and found[0]["val_balanced"] > 50
+
+
+@pytest.mark.parametrize("method, labels", [("rldd", "single"), ("dm", "online")])
+def test_who_reads_the_teacher_gets_the_observer(method, labels):
+    own = {"method": method, "relabel": {"labels": labels}}
+    wanted = recipe.stages(Config(**own, teacher={"weights": "observer"}), "")
+    by_name = {stage.name: stage for stage in wanted}
+    assert by_name["teacher"].inputs == {"observer": "observer"}
+    assert [s.name for s in wanted].index("observer") < [s.name for s in wanted].index("teacher")
+    assert by_name["observer"].kind == "experts"
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"observer": {"weights": "observer"}}, "that is for the teacher; name a file"),
+        ({"observer": {"width": 8}}, "teacher.width=128 and observer.width=8: give both the same"),
+        ({"teacher": {"weights": "observer", "head_epochs": 5}}, "are one network"),
+    ],
+)
+def test_what_cannot_be_one_network_is_refused(sections, said):
+    with pytest.raises(UserError, match=said):
+        check(Config(**{"teacher": {"weights": "observer"}, **sections}))

@@ -8,7 +8,15 @@ from pydantic import Field, create_model
 
 from ltdd_scale.data.settings import Chosen, Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import OF_RECIPE, SAID, Expert, Role, Train
+from ltdd_scale.experts.settings import (
+    OBSERVER,
+    OF_RECIPE,
+    SAID,
+    Architecture,
+    Expert,
+    Role,
+    Train,
+)
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
 from ltdd_scale.judging.catalog import PROTOCOLS
@@ -85,16 +93,20 @@ def check(config: Any) -> list[str]:
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
         warnings.append("train.deepspeed has no effect with train.engine=ddp")
     for role in ("observer", "teacher"):
-        _check_expert(role, getattr(config, role), warnings)
+        _check_expert(role, getattr(config, role), config.observer, warnings)
     return warnings
 
 
-def _check_expert(role: str, expert: Role, warnings: list[str]) -> None:
+def _check_expert(role: str, expert: Role, observer: Role, warnings: list[str]) -> None:
     given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(Expert(), n)]
     if "width" in given and not expert.net.startswith("convnet"):
         warnings.append(f"{role}.width has no effect on {expert.net}")
     if expert.weights:
-        idle = [n for n in given if n not in SAID]
+        said = SAID
+        if expert.weights == OBSERVER:
+            _check_shared(role, expert, observer)
+            said = {"weights", *Architecture.model_fields}
+        idle = [n for n in given if n not in said]
         if idle:
             names = ", ".join(f"{role}.{n}" for n in idle)
             warnings.append(f"without effect beside {role}.weights, nothing is trained: {names}")
@@ -109,6 +121,23 @@ def _check_expert(role: str, expert: Role, warnings: list[str]) -> None:
         for name in others
         if name in given
     ]
+
+
+def _check_shared(role: str, expert: Role, observer: Role) -> None:
+    if role == "observer":
+        raise UserError(f"observer.weights={OBSERVER}: that is for the teacher; name a file")
+    if expert.head_epochs:
+        raise UserError(
+            f"teacher.head_epochs goes with weights from a file: with teacher.weights={OBSERVER} "
+            "teacher and observer are one network"
+        )
+    for name in Architecture.model_fields:
+        own, other = getattr(expert, name), getattr(observer, name)
+        if own != other:
+            raise UserError(
+                f"teacher.weights={OBSERVER}, but teacher.{name}={own} and observer.{name}="
+                f"{other}: give both the same"
+            )
 
 
 def _check_protocols(config: Any, warnings: list[str]) -> None:

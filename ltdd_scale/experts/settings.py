@@ -74,6 +74,7 @@ class Expert(Settings):
 
 
 TORCHVISION = "torchvision:"  # begins the name of weights that torchvision gives
+OBSERVER = "observer"  # the teacher's weights are the observer's
 
 
 class Brought(Settings):
@@ -83,7 +84,8 @@ class Brought(Settings):
         "",
         "weights from elsewhere, for the net that is named: a file (a state dict of torch.save, or "
         "safetensors), or torchvision:NAME, such as torchvision:IMAGENET1K_V2; training is "
-        "skipped; empty: the expert is trained",
+        "skipped; teacher: observer takes the observer, so that one training gives both; empty: "
+        "the expert is trained",
     )
     head_epochs: Whole = option(
         0,

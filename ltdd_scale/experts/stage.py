@@ -9,6 +9,7 @@ from typing import Any
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import (
+    OBSERVER,
     TORCHVISION,
     Architecture,
     Engine,
@@ -17,7 +18,7 @@ from ltdd_scale.experts.settings import (
     Train,
     Weights,
 )
-from ltdd_scale.stage import Resources, Section, Stage, places
+from ltdd_scale.stage import Division, Resources, Section, Stage, places
 
 ROLES = ("observer", "teacher")
 
@@ -28,7 +29,10 @@ def stage(role: str, config: Any) -> Stage:
 
     Raises `UserError` where a file that is wanted cannot be read, or has options that are not JSON.
     """
-    if getattr(config, role).weights:
+    weights = getattr(config, role).weights
+    if role == "teacher" and weights == OBSERVER:
+        return _shared()
+    if weights:
         return _brought(role, config)
     return Stage(
         name=role,
@@ -48,6 +52,19 @@ def stage(role: str, config: Any) -> Stage:
         check="ltdd_scale.experts.train:check",
         help=f"train the {role}",
         smaller=f"train.micro_batch, {role}.batch_size, data.memory_gb or data.resolution",
+    )
+
+
+def _shared() -> Stage:
+    return Stage(
+        name="teacher",
+        kind="shared",
+        version=1,
+        run="ltdd_scale.experts.shared:run",
+        inputs={"observer": "observer"},
+        division=Division.ONE,
+        resources=Resources.CPU,
+        help="take the observer as the teacher",
     )
 
 

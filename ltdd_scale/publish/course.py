@@ -21,6 +21,7 @@ PARTS = {
     "zca": "real images",
     "experts": "experts",
     "brought": "experts",
+    "shared": "experts",
     "trajectory": "experts",
     "classifier": "experts",
     "relabel": "labels",
