@@ -26,11 +26,11 @@ lint: setup
 	$(VENV)/bin/ty check --python $(VENV) -q
 	$(VENV)/bin/lint-imports --no-cache
 
-# What a developer runs before each commit: under two minutes.
+# What a developer runs before each commit: some minutes.
 check: lint
 	$(PYTEST) -q -m "not slow"
 
-# All tests, SLURM's included: about 15 minutes on two cores.
+# All tests, SLURM's included: about half an hour on two cores.
 test: lint
 	$(VENV)/bin/python tools/run_tests.py
 
