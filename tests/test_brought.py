@@ -15,6 +15,7 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.experts import layouts
 from ltdd_scale.models import frozen, registry, safe
 from ltdd_scale.publish import set as published
+from ltdd_scale.stage import settings_of
 
 DIGITS = """
 data: {source: digits, resolution: 8, mirror: false, max_per_class: 60, imbalance_factor: 6, test_per_class: 10, val_per_class: 20}
@@ -265,12 +266,22 @@ def test_who_reads_the_teacher_gets_the_observer(method, labels):
     assert by_name["observer"].kind == "experts"
 
 
+def test_a_shared_network_is_judged_by_the_recipe_it_was_trained_by():
+    """As a stand-in for the plain network: by the plain head of glmc, or with the prior put back."""
+    own = {"observer": {"recipe": "glmc"}, "evaluate": {"plain": "expert"}}
+    for weights, trained in (("observer", "glmc"), ("", "balanced")):
+        config = Config(**own, teacher={"weights": weights})
+        verdict = next(s for s in recipe.stages(config, "") if s.name == "evaluate")
+        assert settings_of(verdict, config).recipe == trained
+
+
 @pytest.mark.parametrize(
     "sections, said",
     [
         ({"observer": {"weights": "observer"}}, "that is for the teacher; name a file"),
         ({"observer": {"width": 8}}, "teacher.width=128 and observer.width=8: give both the same"),
         ({"teacher": {"weights": "observer", "head_epochs": 5}}, "are one network"),
+        ({"relabel": {"labeller": "both"}}, "labeller=both wants two networks"),
     ],
 )
 def test_what_cannot_be_one_network_is_refused(sections, said):

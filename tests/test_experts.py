@@ -176,7 +176,7 @@ def test_images_grow_and_are_whole_at_the_end():
         ({"net": "convnet3"}, "convnet3 fits images of one size only.*such as resnet32"),
         (
             {"net": "vgg11_cifar"},
-            "begin_resolution=16: vgg11_cifar .* at least 32 pixels, not 16; raise it, or 0",
+            "begin_resolution=16: vgg11_cifar .* at least 32 pixels, not 16; raise it, or set 0",
         ),
     ],
 )

@@ -132,6 +132,8 @@ def _check_shared(role: str, expert: Role, observer: Role) -> None:
             "teacher and observer are one network"
         )
     for name in Architecture.model_fields:
+        if name == "width" and not expert.net.startswith("convnet"):
+            continue
         own, other = getattr(expert, name), getattr(observer, name)
         if own != other:
             raise UserError(
@@ -158,6 +160,11 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
         raise UserError(
             f"relabel.labels={kind}: method={config.method} learns no labels with these settings; "
             f"choose one of {others}"
+        )
+    if config.relabel.labeller == "both" and config.teacher.weights == OBSERVER:
+        raise UserError(
+            f"relabel.labeller=both wants two networks: with teacher.weights={OBSERVER} there is "
+            "one"
         )
     if not matrix:
         raise UserError(

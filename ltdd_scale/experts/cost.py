@@ -21,6 +21,7 @@ def cost(settings: Given, facts: Facts) -> Cost:
     """
     expert, seen, train = settings.expert, settings.images, settings.train
     net = (expert.net, expert.width, expert.norm, seen.resolution)
+    growth.check(settings.role, expert, train, seen.resolution)
     mixing = RECIPES[expert.recipe].mixing(expert)
     views, streams = mixing.views, len(mixing.powers)
     sides = Counter(growth.sides(expert, seen.resolution))

@@ -50,9 +50,11 @@ def check(role: str, expert: Expert, train: Engine, resolution: int) -> None:
         try:
             features = flops.features(*net, side)
         except UserError as error:
-            raise UserError(f"{name}: {str(error).partition(';')[0]}; raise it, or 0") from error
+            raise UserError(
+                f"{name}: {str(error).partition(';')[0]}; raise it, or set 0"
+            ) from error
         if features != flops.features(*net, resolution):
             raise UserError(
                 f"{name}: the last layer of {expert.net} fits images of one size only; use a "
-                "network that averages over positions, such as resnet32 or resnet50, or 0"
+                "network that averages over positions, such as resnet32 or resnet50, or set 0"
             )

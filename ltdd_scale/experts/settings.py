@@ -84,8 +84,8 @@ class Brought(Settings):
         "",
         "weights from elsewhere, for the net that is named: a file (a state dict of torch.save, or "
         "safetensors), or torchvision:NAME, such as torchvision:IMAGENET1K_V2; training is "
-        "skipped; teacher: observer takes the observer, so that one training gives both; empty: "
-        "the expert is trained",
+        "skipped; for the teacher also observer: it is the observer then, and one training gives "
+        "both; empty: the expert is trained",
     )
     head_epochs: Whole = option(
         0,

@@ -63,7 +63,6 @@ def _shared() -> Stage:
         run="ltdd_scale.experts.shared:run",
         inputs={"observer": "observer"},
         division=Division.ONE,
-        resources=Resources.CPU,
         help="take the observer as the teacher",
     )
 

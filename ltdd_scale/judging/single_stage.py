@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltdd_scale.data.stage import real, seen
+from ltdd_scale.experts.settings import OBSERVER
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
@@ -167,6 +168,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     """The last stage, which reads all stages `above`. `more`: what it reads of the config beside
     what every verdict does."""
     settings = config.evaluate
+    trained = "observer" if config.teacher.weights == OBSERVER else "teacher"
     judged = {title: stage for title, (stage, _) in roles.judged.items()}
     return Stage(
         name="evaluate",
@@ -180,7 +182,11 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
             **places("ipc", "relabel.topk", "evaluate.epochs", "evaluate.full_epochs"),
             "label_epochs": "relabel.epochs",
             # What the teacher would say, had it not been balanced.
-            **(places("teacher.recipe", "teacher.prior") if settings.plain == "expert" else {}),
+            **(
+                places(f"{trained}.recipe", f"{trained}.prior")
+                if settings.plain == "expert"
+                else {}
+            ),
             **more,
             **seen(config),
         },

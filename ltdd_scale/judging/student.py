@@ -33,7 +33,7 @@ from ltdd_scale.labels.contract import Labels, Maker
 from ltdd_scale.labels.views import view_spec
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.results import CHOSEN, NUMBERS, WHOLE_SETS, Student
-from ltdd_scale.runtime import files
+from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.context import Context
 
 PLAIN = "plain"  # the set of the plain network, which is judged with logit adjustment too
@@ -134,6 +134,7 @@ def _setup(
         epochs=epochs,
         ranks=context.ranks,
         learned=_learned(who, context, len(split.classes)),
+        tell=lambda done, total: signals.check(),
     )
     labels = _labels(who.labels, maker, context)
     if part is not None:

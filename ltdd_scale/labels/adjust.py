@@ -32,6 +32,7 @@ def logits_of(maker: Maker, views: Views | None) -> Tensor:
     for number, (batch, x) in enumerate(shown, 1):
         out[batch[0] : batch[-1] + 1] = maker.teach(maker.normalize(x))
         maker.tell(number, len(mine))
+    ranks.barrier()  # on the CPUs, where a slow rank may be waited for long
     return ranks.all_reduce(out)
 
 

@@ -64,9 +64,11 @@ class _Told:
     """Passes over the images, one after the other, as progress that people see."""
 
     def __init__(self, context: Context):
-        self.context = context
+        self.context, self.passes = context, 0
 
     def __call__(self, done: int, total: int) -> None:
         if done == 1:
-            self.progress = self.context.progress("relabel", total, "batches")
+            self.passes += 1
+            title = f"relabel, pass {self.passes}"
+            self.progress = self.context.progress(title, total, "batches")
         self.progress.update(done)

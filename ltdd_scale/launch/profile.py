@@ -26,7 +26,7 @@ class Resources(Settings):
     account: Text = option("", "account to charge")
     qos: Text = option("", "quality of service")
     constraint: Text = option(
-        "", "node features, such as a100; work goes on only on the kind of GPU it was begun on"
+        "", "node features, such as a100; a checkpoint goes on only on the kind of GPU it is of"
     )
     nodes: Whole = option(1, "nodes", low=1)
     gpus_per_node: Whole = option(1, "GPUs a node, one task each; 0: none, one task a node", low=0)

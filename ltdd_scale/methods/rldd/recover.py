@@ -396,6 +396,6 @@ def _class_images(folder: Path, work: list[Chunk], label: int) -> np.ndarray:
     for chunk in work:
         if label in chunk.classes:
             at, n = chunk.classes.index(label), chunk.last - chunk.first
-            chunk_images = distilled.mapped(_chunk_file(folder, chunk))
-            parts.append(chunk_images[at * n : (at + 1) * n])
+            mapped = distilled.mapped(_chunk_file(folder, chunk))
+            parts.append(np.array(mapped[at * n : (at + 1) * n]))  # maps keep files open
     return np.concatenate(parts)
