@@ -206,6 +206,10 @@ def test_smaller_images_are_the_same_windows_and_cost_less():
         assert (a.x - halved)[..., 1:-1, 1:-1].abs().mean() < 0.1
     assert all(torch.equal(a.x, b.x) for a, b in zip(grown[3:], whole[3:], strict=True))
 
+    for begin in (1, 3, 5):  # a resume shows what comes next at its size
+        rest = batches.from_step(replace(own, sides=(4, 8)), begin, 6, **sizes)
+        assert all(torch.equal(a.x, b.x) for a, b in zip(rest, grown[begin:], strict=True))
+
     facts, resnet = Facts([100] * 10, 10), {"net": "resnet32", "epochs": 20}
     full = cost.cost(given(observer=resnet), facts)
     less = cost.cost(given(observer={**resnet, "begin_resolution": 16}), facts)
