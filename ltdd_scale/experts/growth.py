@@ -42,9 +42,9 @@ def check(role: str, expert: Expert, train: Engine, resolution: int) -> None:
         raise UserError(
             f"{name} is not below data.resolution={resolution}: images grow, so lower it"
         )
-    if (
-        train.compile
-    ):  # it compiles each size anew, and other code for the first one than for others
+    # It compiles each size anew, and the first one otherwise than those that follow: a resumed run
+    # would have other bits.
+    if train.compile:
         raise UserError(f"{name} does not go with train.compile: switch one of them off")
     for side in sorted(set(sides(expert, resolution))):
         try:
