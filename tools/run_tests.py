@@ -3,8 +3,8 @@
     python tools/run_tests.py
 
 SLURM's tests wait most of the time, those of faults for processes to start: side by side they take
-two cores half an hour instead of three quarters. So many at once can keep a test from its time limit: what fails
-is tried once more, alone, and is shown as such.
+two cores half an hour instead of three quarters. So many at once can keep a test from its time
+limit: what fails is tried once more, alone, and is shown as such.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """SIGTERM and SIGUSR2: a request to save and make room.
 
 The handler sets a flag and says so, no more: repeated signals are harmless, and nothing happens in
-the middle of anything. Work looks at the flag where
-it can stop: training at every step, which all ranks hear of at the next one, other work between two
-pieces. It then saves and leaves with `STOP_CODE`.
+the middle of anything. Work looks at the flag where it can stop: training at every step, and all
+ranks hear of it at the next one; other work between two pieces. It then saves and leaves with
+`STOP_CODE`.
 """
 
 from __future__ import annotations
