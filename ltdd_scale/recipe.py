@@ -7,7 +7,7 @@ from typing import Any
 from ltdd_scale.config.root import Config
 from ltdd_scale.data.stage import stage as shard
 from ltdd_scale.data.stage import whiten
-from ltdd_scale.experts.settings import OBSERVER
+from ltdd_scale.experts.settings import OWN, is_observer
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.experts.stage import stage as expert
 from ltdd_scale.judging import choose
@@ -46,7 +46,7 @@ def experts(config: Any) -> tuple[str, ...]:
     teacher = tuple(labellers(config)) if labels or protocol.teacher(config) else ()
     observer = ("observer",) if protocol.observer(config) else ()
     asked = {*method.experts(config), *teacher, *observer}
-    if "teacher" in asked and config.teacher.weights == OBSERVER:
+    if "teacher" in asked and is_observer(config):
         asked.add("observer")
     return tuple(role for role in ROLES if role in asked)
 
@@ -76,7 +76,12 @@ def commands() -> dict[str, str]:
     too."""
     out: dict[str, str] = {}
     for name, method in METHODS.items():
-        config = Config(method=name, data={"zca": method.whitened}, choose={"how": "always"})
+        config = Config(
+            method=name,
+            data={"zca": method.whitened},
+            choose={"how": "always"},
+            teacher={"weights": OWN},
+        )
         for stage in stages(config, ""):
             out.setdefault(stage.job, stage.help)
     for name in PROTOCOLS:

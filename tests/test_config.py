@@ -9,6 +9,7 @@ from ltdd_scale.config import load
 from ltdd_scale.config.reference import reference
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import is_observer
 from ltdd_scale.methods.catalog import METHODS
 
 
@@ -76,6 +77,27 @@ def test_base_is_laid_under(tmp_path):
     write(tmp_path, "base: loop.yaml\n", "loop.yaml")
     with pytest.raises(UserError, match="leads back to itself"):
         load.load(tmp_path / "loop.yaml")
+
+
+def test_what_is_not_said_of_the_teacher_is_as_the_observers(tmp_path):
+    """Wherever it is said: in a file, in its base, in a later setting, in a config that was
+    saved."""
+    write(tmp_path, "observer: {net: resnet32, epochs: 7}\n", "base.yaml")
+    path = write(tmp_path, "base: base.yaml\nobserver: {lr: 0.5}\n", "top.yaml")
+    c = load.load(path, ["observer.batch_size=16"])
+    assert c.teacher.weights == "" and is_observer(c) and check(c) == []
+    assert (c.teacher.net, c.teacher.lr, c.teacher.batch_size) == ("resnet32", 0.5, 16)
+    saved = load.from_text(load.to_yaml(c))
+    assert saved == c and load.changed(saved, {"observer.epochs": 9}).teacher.epochs == 9
+    own = load.load(path, ["teacher.epochs=9"])
+    assert not is_observer(own) and (own.teacher.net, own.teacher.epochs) == ("resnet32", 9)
+    assert load.changed(own, {"observer.epochs": 20}).teacher.epochs == 9
+    # Of what is not the teacher's own, no warning names the teacher.
+    glmc = ["observer.recipe=glmc", "observer.contrast=2", "teacher.recipe=balanced"]
+    assert check(load.load(path, glmc)) == []
+    # An expert from elsewhere is the teacher too.
+    brought = load.load(path, ["observer.weights=w.pt"])
+    assert is_observer(brought) and brought.teacher.weights == ""
 
 
 def test_settings_without_effect_are_said(tmp_path):

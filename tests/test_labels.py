@@ -417,7 +417,8 @@ def test_the_observer_labels_too_where_it_is_asked_to(tmp_path):
     """The teacher alone, the default, has no trace of it; with both, all who are labelled by
     networks read both, and the stage writes the mean of their logits."""
     alone = Config(relabel=Relabel(labels="single"))
-    both = Config(relabel=Relabel(labels="single", labeller="both"))
+    own = {"teacher": {"weights": "own"}}
+    both = Config(relabel=Relabel(labels="single", labeller="both"), **own)
     stage = relabel_stage(both, "recover")
     assert "observer" not in relabel_stage(alone, "recover").inputs
     assert "labellers" not in relabel_stage(alone, "recover").given
@@ -426,7 +427,7 @@ def test_the_observer_labels_too_where_it_is_asked_to(tmp_path):
     assert "observer" not in relabel_stage(hard, "recover").inputs
     assert any("labeller has no effect" in w for w in check(hard))
     # Whoever is labelled by networks reads both: random real images beside a set of another method.
-    matched = Config(method="dm", relabel=Relabel(labels="single", labeller="both"))
+    matched = Config(method="dm", relabel=Relabel(labels="single", labeller="both"), **own)
     stages = {s.name: s for s in recipe.stages(matched, "")}
     assert {"observer", "teacher"} <= set(stages)
     assert "observer" in stages["student/random-single-convnet3-s0"].inputs

@@ -245,7 +245,7 @@ def test_costs_grow_with_the_work():
     plain = costs(rldd_tools.config())
     same, twice = (
         costs(rldd_tools.config(recover=Recover(settle=0.0, iterations=n)))["recover"].flops
-        for n in (200, 400)
+        for n in (600, 1200)
     )
     assert twice == 2 * same and 0 < same < plain["recover"].flops < 1.03 * same
     assert plain["recover"].disk == plain["initialize"].disk == 9 * 3 * 8 * 8

@@ -10,6 +10,7 @@ import yaml
 
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
+from ltdd_scale.experts.settings import Brought, Expert
 from ltdd_scale.settings import lay_over, parse
 
 # Settings that have another name now: whoever has an old config is told the new one.
@@ -25,36 +26,52 @@ MOVED = {
 
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Any:
-    """The config in `path` with ``a.b=c`` settings laid over it.
+    """The config in `path` with ``a.b=c`` settings laid over it. What none of them says of the
+    teacher is as the observer's.
 
     Raises `UserError` naming the key of whatever is unknown, of the wrong type or out of range.
     """
     path = Path(path)
-    values = Config().model_dump()
+    values = _said(Config())
     for layer in [*_read_yaml(path), *map(_nested, sets)]:
         _refuse_moved(layer)
         values = lay_over(values, layer, Config)
     values["name"] = values["name"] or path.stem
-    config = parse(Config, values)
+    config = _filled(values)
     check(config)
     return config
 
 
 def from_text(text: str) -> Any:
     """The config that `to_yaml` gave."""
-    return parse(Config, yaml.safe_load(text))
+    return _filled(yaml.safe_load(text))
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_said(config), sort_keys=False, allow_unicode=True)
+
+
+def _said(config: Any) -> dict[str, Any]:
+    """`config` as values, less what the teacher has of the observer."""
+    values = config.model_dump()
+    observer, teacher = values["observer"], values["teacher"]
+    own = {n: v for n, v in teacher.items() if n in Brought.model_fields or v != observer[n]}
+    return {**values, "teacher": own}
+
+
+def _filled(values: dict[str, Any]) -> Any:
+    """The config of `values`, with the observer's settings where the teacher has none of its
+    own."""
+    observer = {n: values["observer"][n] for n in Expert.model_fields}
+    return parse(Config, {**values, "teacher": {**observer, **values["teacher"]}})
 
 
 def changed(config: Any, settings: dict[str, Any]) -> Any:
     """`config` with ``a.b`` → value laid over it."""
-    values = config.model_dump()
+    values = _said(config)
     for key, value in settings.items():
         values = lay_over(values, _at(key, value), Config)
-    return parse(Config, values)
+    return _filled(values)
 
 
 def _at(key: str, value: Any) -> dict[str, Any]:

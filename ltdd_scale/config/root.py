@@ -11,11 +11,14 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import (
     OBSERVER,
     OF_RECIPE,
+    OWN,
     SAID,
     Architecture,
     Expert,
     Role,
+    Teacher,
     Train,
+    is_observer,
 )
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
@@ -37,7 +40,7 @@ class _Common(Settings):
     seed: Whole = option(0, "seed of everything but the split", low=0)
     data: Data = Data()
     observer: Role = Role()
-    teacher: Role = Role()
+    teacher: Teacher = Teacher()
     train: Train = Train()
     trajectories: Trajectories = Trajectories()
     classifiers: Classifier = Classifier()
@@ -98,13 +101,16 @@ def check(config: Any) -> list[str]:
 
 
 def _check_expert(role: str, expert: Role, observer: Role, warnings: list[str]) -> None:
-    given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(Expert(), n)]
+    unsaid = Expert() if role == "observer" else observer
+    given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(unsaid, n)]
     if "width" in given and not expert.net.startswith("convnet"):
         warnings.append(f"{role}.width has no effect on {expert.net}")
-    if expert.weights:
+    if role == "observer" and expert.weights in (OBSERVER, OWN):
+        raise UserError(f"observer.weights={expert.weights}: that is for the teacher; name a file")
+    if expert.weights not in ("", OWN):
         said = SAID
         if expert.weights == OBSERVER:
-            _check_shared(role, expert, observer)
+            _check_shared(expert, observer)
             said = {"weights", *Architecture.model_fields}
         idle = [n for n in given if n not in said]
         if idle:
@@ -123,22 +129,20 @@ def _check_expert(role: str, expert: Role, observer: Role, warnings: list[str]) 
     ]
 
 
-def _check_shared(role: str, expert: Role, observer: Role) -> None:
-    if role == "observer":
-        raise UserError(f"observer.weights={OBSERVER}: that is for the teacher; name a file")
-    if expert.head_epochs:
+def _check_shared(teacher: Role, observer: Role) -> None:
+    if teacher.head_epochs:
         raise UserError(
             f"teacher.head_epochs goes with weights from a file: with teacher.weights={OBSERVER} "
             "teacher and observer are one network"
         )
     for name in Architecture.model_fields:
-        if name == "width" and not expert.net.startswith("convnet"):
+        if name == "width" and not teacher.net.startswith("convnet"):
             continue
-        own, other = getattr(expert, name), getattr(observer, name)
+        own, other = getattr(teacher, name), getattr(observer, name)
         if own != other:
             raise UserError(
                 f"teacher.weights={OBSERVER}, but teacher.{name}={own} and observer.{name}="
-                f"{other}: give both the same"
+                f"{other}: leave out teacher.{name}, or teacher.weights"
             )
 
 
@@ -161,11 +165,6 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
             f"relabel.labels={kind}: method={config.method} learns no labels with these settings; "
             f"choose one of {others}"
         )
-    if config.relabel.labeller == "both" and config.teacher.weights == OBSERVER:
-        raise UserError(
-            f"relabel.labeller=both wants two networks: with teacher.weights={OBSERVER} there is "
-            "one"
-        )
     if not matrix:
         raise UserError(
             "evaluate.matrix_labels: name at least one kind, such as [hard]; "
@@ -178,6 +177,11 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
         warnings.append(f"relabel.topk has no effect with relabel.labels={kind}")
     used = [KINDS[name] for name in (kind, *(matrix if config.evaluate.matrix else []))]
     soft = any(other.teacher for other in used)
+    if soft and config.relabel.labeller == "both" and is_observer(config):
+        raise UserError(
+            "relabel.labeller=both wants two networks, and here the teacher is the observer; "
+            f"teacher.weights={OWN} trains a second one"
+        )
     # Labels of views have single ones beside them.
     single = KINDS[kind].of_views or any(other.name == SINGLE for other in used)
     if config.relabel.views > 1 and not single:

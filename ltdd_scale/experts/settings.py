@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -75,6 +75,7 @@ class Expert(Settings):
 
 TORCHVISION = "torchvision:"  # begins the name of weights that torchvision gives
 OBSERVER = "observer"  # the teacher's weights are the observer's
+OWN = "own"  # the teacher is trained, though it is to be like the observer
 
 
 class Brought(Settings):
@@ -84,8 +85,7 @@ class Brought(Settings):
         "",
         "weights from elsewhere, for the net that is named: a file (a state dict of torch.save, or "
         "safetensors), or torchvision:NAME, such as torchvision:IMAGENET1K_V2; training is "
-        "skipped; for the teacher also observer: it is the observer then, and one training gives "
-        "both; empty: the expert is trained",
+        "skipped; empty: the expert is trained",
     )
     head_epochs: Whole = option(
         0,
@@ -97,6 +97,24 @@ class Brought(Settings):
 
 class Role(Brought, Expert):
     """What the config says of an expert."""
+
+
+class Teacher(Role):
+    """Training of the teacher; what is not said here is as the observer's (`load`)."""
+
+    weights: Text = option(
+        "",
+        "as observer.weights; observer: the teacher is the observer, and one training gives both; "
+        "own: the teacher is trained; empty: the first where nothing sets its training apart from "
+        "the observer's, else the second",
+    )
+
+
+def is_observer(config: Any) -> bool:
+    """Whether the teacher of `config` is the observer: one training gives both."""
+    teacher, observer = config.teacher, config.observer
+    alike = all(getattr(teacher, n) == getattr(observer, n) for n in Expert.model_fields)
+    return teacher.weights == OBSERVER or (not teacher.weights and alike)
 
 
 class Architecture(Settings):

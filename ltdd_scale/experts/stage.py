@@ -9,7 +9,7 @@ from typing import Any
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import (
-    OBSERVER,
+    OWN,
     TORCHVISION,
     Architecture,
     Engine,
@@ -17,6 +17,7 @@ from ltdd_scale.experts.settings import (
     Head,
     Train,
     Weights,
+    is_observer,
 )
 from ltdd_scale.stage import Division, Resources, Section, Stage, places
 
@@ -30,9 +31,9 @@ def stage(role: str, config: Any) -> Stage:
     Raises `UserError` where a file that is wanted cannot be read, or has options that are not JSON.
     """
     weights = getattr(config, role).weights
-    if role == "teacher" and weights == OBSERVER:
+    if role == "teacher" and is_observer(config):
         return _shared()
-    if weights:
+    if weights and weights != OWN:
         return _brought(role, config)
     return Stage(
         name=role,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltdd_scale.data.stage import real, seen
-from ltdd_scale.experts.settings import OBSERVER
+from ltdd_scale.experts.settings import is_observer
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, baseline
@@ -168,7 +168,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     """The last stage, which reads all stages `above`. `more`: what it reads of the config beside
     what every verdict does."""
     settings = config.evaluate
-    trained = "observer" if config.teacher.weights == OBSERVER else "teacher"
+    trained = "observer" if is_observer(config) else "teacher"
     judged = {title: stage for title, (stage, _) in roles.judged.items()}
     return Stage(
         name="evaluate",

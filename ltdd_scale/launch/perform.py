@@ -14,7 +14,7 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import backend, digest, shards, sources
 from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import OBSERVER, TORCHVISION
+from ltdd_scale.experts.settings import OBSERVER, OWN, TORCHVISION
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.launch.guard import guarded
@@ -45,7 +45,7 @@ def _absolute(config: Any) -> dict[str, str]:
         out["train.deepspeed"] = str(Path(config.train.deepspeed).absolute())
     for role in ROLES:
         weights = getattr(config, role).weights
-        if weights and weights != OBSERVER and not weights.startswith(TORCHVISION):
+        if weights not in ("", OBSERVER, OWN) and not weights.startswith(TORCHVISION):
             out[f"{role}.weights"] = str(Path(weights).absolute())
     return out
 

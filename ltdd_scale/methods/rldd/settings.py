@@ -100,7 +100,7 @@ class Recover(Settings):
     Weights are settings because the published ones can hurt: see the configs.
     """
 
-    iterations: Whole = option(200, "Adam steps a chunk; 0 keeps the initial images", low=0)
+    iterations: Whole = option(600, "Adam steps a chunk; 0 keeps the initial images", low=0)
     batch_size: Whole = option(100, "images a chunk; a chunk is one batch", low=1)
     chunk_classes: Whole = option(
         0, "classes a chunk, taken at a stride so that head and tail meet; 0: as many as fit", low=0
