@@ -511,6 +511,25 @@ def test_verdict(plain, recipe, house, tmp_path, capsys):
     assert told.count("| random real, plain labels ") == 1
 
 
+def test_an_observer_that_is_the_teacher_is_judged_once(house, tmp_path, monkeypatch):
+    """One file of weights, one pass over the test images, a row for each of the two."""
+    config = config_of(plain="none", epochs=1, random=False)
+    judged = {**ROLES.judged, "observer": ("observer", "weights.pt")}
+    found = single_stage.stages(config, dataclasses.replace(ROLES, judged=judged))
+    folders = {"shard": house / "shard", "teacher": house / "teacher"}
+    folders["observer"] = shutil.copytree(house / "teacher", tmp_path / "observer")
+    for unit in found[:-1]:
+        folders[unit.name] = tmp_path / unit.name
+        run_student(config, "", house, tmp_path / unit.name, name=unit.name)
+    passes, predict = [], frozen.predict
+    monkeypatch.setattr(frozen, "predict", lambda *of: passes.append(of[0]) or predict(*of))
+    context = Context(ALONE, tmp_path, {k: folders[v] for k, v in found[-1].inputs.items()}, "w")
+    verdict.run(settings_of(found[-1], config), context)
+    experts = files.read_json(tmp_path / "results.json")["summary"]["experts"]
+    assert len(passes) == 1 and set(experts) == {"teacher", "observer"}
+    assert experts["teacher"] == experts["observer"] and experts["teacher"]["top1"] > 0
+
+
 def test_verdict_of_a_set_with_learned_labels(learned_house, tmp_path):
     """The result is the set with its labels and random images with classes, and not the matrix."""
     config = with_labels("learned", epochs=1, plain="none", matrix=True, matrix_labels=["single"])

@@ -59,12 +59,19 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         "students": [{**e, "label_bytes": _bytes(e, settings, test)} for e in summarize(small)],
         "experts": {},
     }
+    # Logits of all test images are large: nobody holds what nobody reads again.
+    kept = (
+        (TEACHER, OBSERVER) if settings.labeller == "both" or "grouping" in context.inputs else ()
+    )
     logits: dict[str, Tensor] = {}
+    once: dict[str, Row] = {}  # of each file of weights: the observer may be the teacher too
     for title, network in judged.items():
-        numbers, found = test.judge(network)
-        summary["experts"][title] = {"net": network.recipe["net"], **numbers}
-        if title in (TEACHER, OBSERVER):
-            logits[title] = found
+        file = files.sha256(context.input(title) / settings.judged[title][1])
+        if file not in once or title in kept:
+            once[file], found = test.judge(network)
+            logits |= {title: found} if title in kept else {}
+            del found
+        summary["experts"][title] = {"net": network.recipe["net"], **once[file]}
     if settings.labeller == "both" and {TEACHER, OBSERVER} <= set(logits):
         mean = (logits[TEACHER] + logits[OBSERVER]) / 2
         nets = " + ".join(judged[title].recipe["net"] for title in (TEACHER, OBSERVER))

@@ -191,11 +191,13 @@ def predict(
     logits = _function(network, ranks)
     n = len(images.labels)
     plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
-    out = []
-    for x in images.stream(plans, ViewSpec(1)):
+    out = torch.empty(0, 0)
+    for (indices, _), x in zip(plans, images.stream(plans, ViewSpec(1)), strict=True):
         signals.check()
-        out.append(logits(normalize(x)).cpu())
-    return torch.cat(out)
+        found = logits(normalize(x)).cpu()
+        out = out if len(out) else torch.empty(n, found.shape[1])  # at once: `cat` would hold twice
+        out[indices[0] : indices[-1] + 1] = found
+    return out
 
 
 def _function(network: Any, ranks: Ranks) -> Callable[[Tensor], Tensor]:
