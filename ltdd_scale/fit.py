@@ -258,6 +258,7 @@ def _maker(
         seed=0,
         epochs=0,
         ranks=peers,
+        temperature=told.training.kl_temperature,
     )
 
 

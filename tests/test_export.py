@@ -274,6 +274,38 @@ def test_the_ten_lines_have_the_loss_that_students_had(sets, soft, order, tmp_pa
         assert theirs == pytest.approx(float(ours), rel=1e-5)
 
 
+@pytest.mark.parametrize("soft", ["mse", "kl"])
+def test_the_card_says_what_mixed_images_learn(sets, soft, tmp_path, monkeypatch):
+    asked = {"soft_loss": soft, "temperature": 4.0}
+    folder = told_otherwise(sets["single"], tmp_path / "set", evaluate=asked)
+    (_, code) = blocks(folder / "README.md")
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        exec(code, found)
+    n, share = IPC * CLASSES, 0.3
+    drawn = dataclasses.make_dataclass("Drawn", ["partners", "lam"])(
+        np.arange(n)[::-1].copy(), np.full(n, share, np.float32)
+    )
+    setup = fit.load(folder, fit.describe(folder), ALONE, 1, "t")
+    classes, ours = setup.labels.targets(0, drawn, np.arange(n), None, ALONE)
+
+    def mixed(rows):
+        return share * rows + (1 - share) * rows[::-1]
+
+    text = (folder / "README.md").read_text()
+    assert np.allclose(mixed(found["classes"]), classes.numpy(), atol=1e-6)
+    if soft == "mse":
+        assert "mix `classes` and `logits` alike by the two images' shares" in text
+        theirs = mixed(found["logits"])
+    else:
+        assert "mix `classes` by the two images' shares, and `np.exp(log_p(logits, 4.0))`" in text
+        assert "too: 4.0 times the logarithm of that mixture are the `logits`" in text
+        theirs = 4.0 * np.log(mixed(np.exp(found["log_p"](found["logits"], 4.0))))
+    assert np.allclose(theirs, ours.numpy(), atol=1e-4)
+
+
 def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
     def said(kind, name, **relabel):
         folder = told_otherwise(sets[kind], tmp_path / name, relabel=relabel)

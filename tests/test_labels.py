@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Seen
 from ltdd_scale.errors import UserError
+from ltdd_scale.judging.training import student_loss
 from ltdd_scale.labels import adjust, cost, labeller, learned, single, stored
 from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
@@ -244,6 +246,39 @@ def test_classes_are_mixed_as_their_whole_table_would_be():
     for indices in (np.arange(11), np.asarray([7, 2, 2]), np.asarray([], int)):
         rows = mix(onehot(classes, 5, CPU), drawn, indices)
         assert torch.equal(rows, mix(whole, drawn, indices)) and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_single_labels_of_mixed_images_are_mixed_as_classes_are(temperature):
+    """Where a student learns by KL. The softmax of mixed logits would be another label."""
+    made = maker(temperature=temperature)
+    labels, indices = single.Single(made, torch.from_numpy(LOGITS)), np.arange(11)[::-1].copy()
+    drawn = draw_epoch(SPEC, made.images.sizes, "k", 0, True)
+    drawn.lam[:3] = [1, 0, 0.5]
+    _, logits = labels.targets(0, drawn, indices, torch.zeros(1), ALONE)
+    p = torch.softmax(labels.table / temperature, 1)
+    wanted = mix(p, drawn, indices)
+    assert torch.allclose(torch.softmax(logits / temperature, 1), wanted, atol=1e-6)
+    plain = torch.softmax(mix(labels.table, drawn, indices) / temperature, 1)
+    assert logits.isfinite().all() and (plain - wanted).abs().max() > 0.02
+    # By KL a mixed image pulls as its two images would by their shares.
+    student, lam = torch.randn(11, 5), torch.from_numpy(drawn.lam[indices])
+    loss = student_loss(student, p, logits, 0.0, 1.0, "kl", temperature)
+    log_q = F.log_softmax(student / temperature, 1)
+    cross = -(p[indices] * log_q).sum(1) * lam - (p[drawn.partners[indices]] * log_q).sum(1) * (
+        1 - lam
+    )
+    entropy = -(wanted * wanted.log()).sum(1)
+    assert torch.allclose(loss, temperature**2 * (cross - entropy).mean(), atol=1e-4)
+
+
+def test_by_a_squared_error_single_labels_are_logits_mixed():
+    made = maker()
+    labels, indices = single.fresh(made), np.arange(11)
+    drawn = draw_epoch(SPEC, made.images.sizes, "k", 0, True)
+    _, logits = labels.targets(0, drawn, indices, torch.zeros(1), ALONE)
+    assert made.temperature is None
+    assert torch.equal(logits, mix(labels.table, drawn, indices))
 
 
 def test_stored_labels_do_not_depend_on_the_number_of_ranks(tmp_path):

@@ -199,14 +199,17 @@ def test_siamese_augmentation(kind):
     assert watching.kernels > 2
 
 
-def maker_of(images: MemoryImages, views: Views, relabel: Relabel) -> Maker:
+def maker_of(images: MemoryImages, views: Views, relabel: Relabel, **changes) -> Maker:
     teacher = frozen.Frozen(expert("instance").eval().requires_grad_(False), {}, ALONE)
     made_of = (relabel, CLASSES, images.counts, 0, 2, ALONE, np.zeros((11, CLASSES), np.float32))
-    return Maker(images, teacher, normal(), view_spec(views, SIZE, True), views, *made_of)
+    return Maker(
+        images, teacher, normal(), view_spec(views, SIZE, True), views, *made_of, **changes
+    )
 
 
-def labels_of(kind: str, images: MemoryImages, views: Views, topk: int):
-    maker = maker_of(images, views, Relabel(topk=topk, adjust=False))
+def labels_of(kind: str, images: MemoryImages, views: Training, topk: int):
+    relabel = Relabel(topk=topk, adjust=False)
+    maker = maker_of(images, views, relabel, temperature=views.kl_temperature)
     if kind == "stored":
         values = np.zeros((11, topk + 1 if topk else CLASSES), np.float16)
         packed = {"values": values, "classes": np.zeros((11, topk), np.int16)}

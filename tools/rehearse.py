@@ -3,7 +3,7 @@
     python tools/rehearse.py --out rehearsal                       # all of it at 32 px with tiny nets, IPC 50
     python tools/rehearse.py --out rehearsal --scale 0.05          # a twentieth of each class's images, in minutes
     python tools/rehearse.py --out rehearsal --images /data/some   # these images, repeated, instead of made ones
-    python tools/rehearse.py --out rehearsal --resolution 224 --set observer.net=resnet50 teacher.net=resnet50
+    python tools/rehearse.py --out rehearsal --resolution 224 --set observer.net=resnet50
 
 1,000 classes in ImageNet-LT's counts and list format (115,846 training, 20,000 validation and 50,000 test lines). The images are noise of a colour that is their class's, or
 taken from a folder over and over; each is one file with many names, so the disk holds few. Nets are tiny and epochs few unless --set says otherwise. The same command goes
@@ -40,7 +40,6 @@ def tiny(images: int, distilled: int) -> list[str]:
     student = f"nets: [convnet3], width: 8, epochs: 2, batch_size: {min(256, distilled)}"
     return [
         f"observer={{{expert}}}",
-        f"teacher={{{expert}}}",
         "calibrate.batch_size=256",
         "initialize.crops=1",
         "recover={batch_size: 100, iterations: 4, matching_width: 8, matching_real: 2}",

@@ -45,6 +45,11 @@ class Training(Views):
         0.99, "moving average of the student's weights; 0: none", low=0, high=0.99999
     )
 
+    @property
+    def kl_temperature(self) -> float | None:
+        """T where the soft term is the KL, None where it is the squared error."""
+        return self.temperature if self.soft_loss == "kl" else None
+
 
 class Evaluate(Training):
     """Students, trained from scratch on the distilled set and on the baselines."""

@@ -14,7 +14,7 @@ from ltdd_scale.data.stage import real, seen
 from ltdd_scale.experts.settings import is_observer
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
-from ltdd_scale.labels.catalog import HARD, KINDS, baseline
+from ltdd_scale.labels.catalog import HARD, KINDS, SINGLE, baseline
 from ltdd_scale.labels.stage import labellers, more_labellers
 from ltdd_scale.labels.stage import reads as label_reads
 from ltdd_scale.results import CHOSEN, RANDOM_PLAIN, WHOLE_SETS, Student
@@ -100,10 +100,11 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
         inputs["grouping"] = "grouping"
         given["groups"] = groups_of(config)
     small = student.set not in WHOLE_SETS
+    by_kl = student.labels == SINGLE and config.evaluate.soft_loss == "kl"
     return Stage(
         name=student.name,
         kind="student",
-        version=6,
+        version=7 if by_kl else 6,  # 7: of images that CutMix mixes, the softmax is mixed
         run="ltdd_scale.judging.student:run",
         reads={
             "training": Section("evaluate", Training),

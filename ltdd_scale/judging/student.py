@@ -133,6 +133,7 @@ def _setup(
         seed=settings.seed,
         epochs=epochs,
         ranks=context.ranks,
+        temperature=settings.training.kl_temperature,
         learned=_learned(who, context, len(split.classes)),
         tell=lambda done, total: signals.check(),
     )

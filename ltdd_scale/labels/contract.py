@@ -35,8 +35,9 @@ class Maker:
     is what the kind depends on (`Kind.settings`), None where that is nothing or where labels are
     only loaded. `tell(done, total)` hears of each batch of a pass over all images; work may stop
     there. `train_counts` int [C] are the images of each class of the long-tailed set. `seed`
-    is the config's, `epochs` the student's. `learned` are the logits float32 [n, C] that the set
-    brings, None where it brings none or nobody asks for them.
+    is the config's, `epochs` the student's. `temperature` is T where the student learns by KL, None
+    where by a squared error: labels of mixed images depend on it. `learned` are the logits float32
+    [n, C] that the set brings, None where it brings none or nobody asks for them.
     """
 
     images: Images
@@ -52,6 +53,7 @@ class Maker:
     ranks: Ranks
     learned: np.ndarray | None = None
     tell: Callable[[int, int], None] = lambda done, total: None
+    temperature: float | None = None
 
     def teach(self, x: Tensor) -> Tensor:
         """The teacher's logits float32 [n, C] on normalised images [n, 3, R, R]."""

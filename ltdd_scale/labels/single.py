@@ -17,20 +17,20 @@ from ltdd_scale.data import distilled
 from ltdd_scale.labels.adjust import logits_of, shift_of, shifted, tau_of, whole_logits
 from ltdd_scale.labels.contract import Maker, label_key
 from ltdd_scale.labels.mixture import with_class
-from ltdd_scale.labels.views import EpochViews, mix, onehot
+from ltdd_scale.labels.views import EpochViews, mix, mix_logits, onehot
 from ltdd_scale.runtime.ranks import Ranks, rng
 
 FILE = "single.npy"  # float32 [n, C], adjusted and with the class's share: what students learn
 
 
 class Single:
-    """See `contract.Labels`. `table` float32 [n, C] is mixed as the images are."""
+    """See `contract.Labels`. `table` float32 [n, C] are logits."""
 
     kind = "single"
 
     def __init__(self, maker: Maker, table: Tensor):
         self.onehot = onehot(maker.images.labels, maker.num_classes, maker.ranks.device)
-        self.table = table
+        self.table, self.temperature = table, maker.temperature
 
     def view_key(self, student_seed: int | str, epoch: int) -> tuple[int | str, int]:
         return student_seed, epoch
@@ -38,7 +38,8 @@ class Single:
     def targets(
         self, epoch: int, drawn: EpochViews, indices: np.ndarray, x: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        return mix(self.onehot, drawn, indices), mix(self.table, drawn, indices)
+        logits = mix_logits(self.table, drawn, indices, self.temperature)
+        return mix(self.onehot, drawn, indices), logits
 
 
 def _table(maker: Maker) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltdd_scale.data import augment
@@ -109,6 +110,26 @@ def mix(table: Tensor | OneHot, drawn: EpochViews, indices: np.ndarray) -> Tenso
     lam = _sent(drawn.lam[indices], device)[:, None]
     own, partners = _sent(indices, device), _sent(drawn.partners[indices], device)
     return lam * table[own] + (1 - lam) * table[partners]
+
+
+def mix_logits(
+    logits: Tensor, drawn: EpochViews, indices: np.ndarray, temperature: float | None
+) -> Tensor:
+    """Soft labels of images that CutMix has mixed, as logits [b, C]: rows `indices` of `logits`
+    [n, C] and those of their partners.
+
+    With a `temperature` T their softmax(z / T) is the mixture of the two images', as classes are
+    mixed: what a student learns by KL. The mixture of the logits is not it: its softmax leans to
+    whichever image the teacher is surer of. None: the mixture of the logits, for a squared error.
+    """
+    if temperature is None:
+        return mix(logits, drawn, indices)
+    device = logits.device
+    lam = _sent(drawn.lam[indices], device)[:, None]
+    rows = (_sent(indices, device), _sent(drawn.partners[indices], device))
+    own, partner = (F.log_softmax(logits[row] / temperature, 1) for row in rows)
+    mixed = torch.logaddexp(own + lam.log(), partner + (1 - lam).log())  # log 0 adds nothing
+    return temperature * mixed
 
 
 def onehot(classes: np.ndarray, num_classes: int, device: torch.device) -> OneHot:

@@ -306,7 +306,14 @@ def _mixing(told: dict[str, Any]) -> str:
     said = "Where CutMix pastes a part of another image, mix"
     if not told["soft_labels"] or told["soft_labels"] == "learned.npy":
         return f"{said} `p` by the two images' shares."
-    return f"{said} `classes` and `logits` alike by the two images' shares."
+    judged = told["config"]["evaluate"]
+    if judged.get("soft_loss", "mse") == "mse":
+        return f"{said} `classes` and `logits` alike by the two images' shares."
+    t = judged.get("temperature", 1.0)
+    return (
+        f"{said} `classes` by the two images' shares, and `np.exp(log_p(logits, {t}))` too: {t} "
+        "times the logarithm of that mixture are the `logits` of the mixed image."
+    )
 
 
 def size(num_bytes: int) -> str:
