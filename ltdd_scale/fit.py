@@ -26,6 +26,7 @@ from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.views import view_spec
 from ltdd_scale.models import frozen
 from ltdd_scale.publish.set import TEACHER, find_teacher
+from ltdd_scale.results import SOFTMAX
 from ltdd_scale.runtime import files, ranks
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks
@@ -39,7 +40,8 @@ BEFORE = {"soft_loss": "mse", "temperature": 1.0, "order": "both"}
 class Description:
     """What ``set.json`` tells of a set and of how it was judged. `folders` are the class folders,
     in label order, `train_counts` the images of each class that it was distilled from. `zca` is the
-    file of the whitening that takes the place of `mean` and `std`, or nothing."""
+    file of the whitening that takes the place of `mean` and `std`, or nothing. `temperature`: where
+    images are mixed, the softmax at it is mixed, or with None the logits."""
 
     classes: list[str]
     folders: list[str]
@@ -55,6 +57,7 @@ class Description:
     width: int
     norm: str
     epochs: int
+    temperature: float | None
 
 
 @dataclass(frozen=True)
@@ -136,18 +139,21 @@ def describe(distilled: Path) -> Description:
         config = told["config"]
         evaluate = config["evaluate"]
         judged = {**BEFORE, **evaluate}
-        training = {name: judged[name] for name in Training.model_fields}
+        asked = {name: judged[name] for name in Training.model_fields}
+        training = parse(Training, asked, "evaluate.")
         direct = ("classes", "folders", "train_counts", "resolution", "mean", "std")
         return Description(
             **{name: told[name] for name in direct},
             zca=told.get("zca", ""),
             mirror=config["data"]["mirror"],
             precision=config["runtime"]["precision"],
-            training=parse(Training, training, "evaluate."),
+            training=training,
             net=evaluate["nets"][0],
             width=evaluate["width"],
             norm=evaluate["norm"],
             epochs=evaluate["epochs"],
+            # Sets that do not say it were judged with mixed logits, whatever the loss.
+            temperature=training.kl_temperature if told.get("mixed") == SOFTMAX else None,
         )
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(
@@ -258,7 +264,7 @@ def _maker(
         seed=0,
         epochs=0,
         ranks=peers,
-        temperature=told.training.kl_temperature,
+        temperature=told.temperature,
     )
 
 

@@ -20,6 +20,7 @@ TEACHER = "teacher"  # the title of the teacher among the judged networks
 OBSERVER = "observer"
 BOTH = "teacher + observer"  # that of the mean of their logits, where both label together
 LABELLERS = {BOTH: "teacher and observer together", TEACHER: "the teacher"}  # title → in a sentence
+SOFTMAX = "softmax"  # in set.json: what of single labels is mixed where CutMix mixes images
 GROUPS_PART = "groups"  # the part of a student that tells groups of classes apart
 # Candidates of two_stage.first and two_stage.second that are trained for it: on which set.
 TRAINED = {"trained_whole": "plain", "trained_distilled": "distilled", "trained_random": "random"}

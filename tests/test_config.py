@@ -95,6 +95,18 @@ def test_what_is_not_said_of_the_teacher_is_as_the_observers(tmp_path):
     # Of what is not the teacher's own, no warning names the teacher.
     glmc = ["observer.recipe=glmc", "observer.contrast=2", "teacher.recipe=balanced"]
     assert check(load.load(path, glmc)) == []
+    # A setting that a training does not read sets nothing apart, and is said to do nothing.
+    idle = load.load(path, ["teacher.width=64"])
+    assert is_observer(idle)
+    assert check(idle) == ["teacher.width has no effect beside teacher.net=resnet32"]
+    # What the observer does not read, a teacher with a training of its own may.
+    heir = load.load(path, ["observer.weights=w.pt", "teacher.weights=own"])
+    assert not is_observer(heir) and check(heir) == []
+    rows = ["observer.recipe=glmc", "observer.prior=0", "observer.contrast=2"]
+    assert check(load.load(path, [*rows, "teacher.recipe=balanced"])) == []
+    assert check(load.load(path, rows)) == [
+        "observer.prior has no effect beside observer.recipe=glmc"
+    ]
     # An expert from elsewhere is the teacher too.
     brought = load.load(path, ["observer.weights=w.pt"])
     assert is_observer(brought) and brought.teacher.weights == ""

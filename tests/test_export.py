@@ -232,9 +232,12 @@ def test_the_ten_lines_are_what_fit_learns_from(sets, kind, tmp_path, same_threa
     assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
-def told_otherwise(source: Path, out: Path, **sections) -> Path:
-    """The set in `source` written again, as if it had been made with these settings."""
+def told_otherwise(source: Path, out: Path, mixed: str = "", **sections) -> Path:
+    """The set in `source` written again, as if it had been made with these settings, its labels
+    `mixed` so."""
     opened = Opened(source)
+    if mixed:
+        opened.told["mixed"] = mixed
     for section, values in sections.items():
         opened.told["config"][section] |= values
     published.rewrite(opened, out, ["imagefolder"], opened.encoding, opened.publish)
@@ -277,7 +280,8 @@ def test_the_ten_lines_have_the_loss_that_students_had(sets, soft, order, tmp_pa
 @pytest.mark.parametrize("soft", ["mse", "kl"])
 def test_the_card_says_what_mixed_images_learn(sets, soft, tmp_path, monkeypatch):
     asked = {"soft_loss": soft, "temperature": 4.0}
-    folder = told_otherwise(sets["single"], tmp_path / "set", evaluate=asked)
+    mixed_so = {"kl": "softmax", "mse": "logits"}[soft]
+    folder = told_otherwise(sets["single"], tmp_path / "set", evaluate=asked, mixed=mixed_so)
     (_, code) = blocks(folder / "README.md")
     monkeypatch.chdir(folder)
     found: dict = {}
@@ -300,10 +304,23 @@ def test_the_card_says_what_mixed_images_learn(sets, soft, tmp_path, monkeypatch
         assert "mix `classes` and `logits` alike by the two images' shares" in text
         theirs = mixed(found["logits"])
     else:
-        assert "mix `classes` by the two images' shares, and `np.exp(log_p(logits, 4.0))`" in text
-        assert "too: 4.0 times the logarithm of that mixture are the `logits`" in text
-        theirs = 4.0 * np.log(mixed(np.exp(found["log_p"](found["logits"], 4.0))))
+        assert "mix `classes` by the two images' shares w and 1 - w. Of logits a and b" in text
+        (line,) = re.findall(r"`(4 \* np\.logaddexp\(.*?)`", text)
+        rows = {"a": found["logits"], "b": found["logits"][::-1], "w": share}
+        theirs = eval(line, {**found, **rows})
     assert np.allclose(theirs, ours.numpy(), atol=1e-4)
+
+
+def test_a_set_from_before_labels_were_mixed_so_is_as_it_was_judged(sets, tmp_path):
+    """Its logits are mixed, whatever the loss, and its card goes on to say so."""
+    folder = shutil.copytree(sets["single"], tmp_path / "old")
+    told = files.read_json(folder / "set.json")
+    assert told.pop("mixed") == "softmax" and fit.describe(folder).temperature == 1.0
+    files.write_json(folder / "set.json", told)
+    again = told_otherwise(folder, tmp_path / "new")
+    for old in (folder, again):
+        assert fit.describe(old).temperature is None
+    assert "mix `classes` and `logits` alike" in (again / "README.md").read_text()
 
 
 def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
@@ -334,6 +351,7 @@ def test_a_card_says_how_single_labels_were_made(sets, tmp_path):
 def test_a_card_of_an_older_set_tells_of_the_squared_error(sets):
     opened = Opened(sets["single"])
     opened.told["config"]["evaluate"]["soft_loss"] = "mse"
+    del opened.told["mixed"]
     before = published.card(opened, None)
     for section, names in (
         ("evaluate", ("soft_loss", "temperature", "order")),

@@ -414,6 +414,24 @@ def test_the_order_decides_which_labels_an_epoch_sees(house, tmp_path):
     assert first[0] == last[0] and first[1] != last[1]
 
 
+def test_single_labels_that_are_sure_teach_what_classes_do(house, tmp_path):
+    """By KL, CutMix or not: of a mixed image both are the two classes by their shares. The softmax
+    of mixed logits would be the class of the larger share."""
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    sure = 60 * np.eye(10, dtype=np.float32)[np.repeat(np.arange(10), 2)]
+    distilled.save(labels / "single.npy", sure)
+    facts = {"labels": "single", "seed": "labels 0", "epochs": 0, "tau": 0.0}
+    files.write_json(labels / "labels.json", facts)
+    own = {"epochs": 4, "kappa_ce": 0.0, "optimizer": "sgd", "lr": 0.05}
+    found = {}
+    for kind, given in (("single", labels), ("hard", None)):
+        run_student(with_labels(kind, **own), "distilled", house, tmp_path / kind, labels=given)
+        found[kind] = distilled.load(tmp_path / kind / "logits.npy").astype(np.float32)
+    assert np.abs(found["hard"]).max() > 0.1
+    assert np.allclose(found["single"], found["hard"], atol=5e-3)
+
+
 def test_learned_labels_are_the_same_from_relabel_and_from_the_set(house, learned_house, tmp_path):
     """A student that reads what relabel copied, and one of the matrix that reads the set itself."""
     config = with_labels("learned", plain="none")
@@ -595,6 +613,7 @@ def published(folder, house, kind: str, teacher: bool):
     names = [str(c) for c in range(10)]
     told = {"classes": names, "folders": names, "train_counts": [5] * 10, "resolution": 8}
     told |= {"mean": [0.5] * 3, "std": [0.25] * 3, "config": config.model_dump(mode="json")}
+    told["mixed"] = "softmax"
     files.write_json(folder / "set.json", told)
     (folder / "labels").mkdir()
     facts = {"labels": kind, "seed": "labels 0", "epochs": 0, "tau": 0.0}
@@ -613,7 +632,7 @@ def test_fit_trains_on_a_set_with_hard_labels_and_no_teacher(house, tmp_path, ca
     assert trained.recipe == frozen.recipe("convnet3", 4, "instance", 8, 10)
 
 
-@pytest.mark.parametrize("kind", ["online", "learned"])
+@pytest.mark.parametrize("kind", ["online", "single", "learned"])
 def test_fit_is_the_student_stage_on_the_published_set(kind, learned_house, tmp_path, same_threads):
     """The same images, labels, seed and settings give the same weights; learned labels come with
     the set, which brings no teacher then."""
@@ -622,6 +641,9 @@ def test_fit_is_the_student_stage_on_the_published_set(kind, learned_house, tmp_
     if kind == "learned":
         shutil.rmtree(folder / "labels")
         run_relabel(with_labels("learned"), house, folder / "labels")
+    if kind == "single":
+        table = np.random.default_rng(0).normal(0, 3, (20, 10)).astype(np.float32)
+        distilled.save(folder / "labels" / "single.npy", table)
     fit.run(folder, None, None, 0, None, tmp_path / "s.pt")
     held = distilled.Distilled(house / "images", 10)
     settings = Training(batch_size=8)
@@ -637,11 +659,14 @@ def test_fit_is_the_student_stage_on_the_published_set(kind, learned_house, tmp_
         seed=0,
         epochs=2,
         ranks=ALONE,
+        temperature=settings.kl_temperature,
         learned=held.learned(),
     )
+    code = KINDS[kind].code()
+    of_set = (folder / "labels", files.read_json(folder / "labels" / "labels.json"), maker)
     setup = training.Setup(
         images=maker.images,
-        labels=KINDS[kind].code().fresh(maker),
+        labels=code.load(*of_set) if kind == "single" else code.fresh(maker),
         normalize=maker.normalize,
         spec=maker.spec,
         training=settings,

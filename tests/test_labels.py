@@ -67,6 +67,7 @@ def maker(**changes) -> Maker:
         seed=3,
         epochs=4,
         ranks=ALONE,
+        temperature=None,
         learned=LOGITS,
     )
     return dataclasses.replace(made, **changes)

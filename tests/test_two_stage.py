@@ -190,6 +190,7 @@ def maker(kind: str, adjust=False) -> Maker:
         seed=0,
         epochs=2,
         ranks=ALONE,
+        temperature=None,
         learned=draw.normal(0, 2, (15, 5)),
     )
 

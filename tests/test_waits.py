@@ -201,10 +201,9 @@ def test_siamese_augmentation(kind):
 
 def maker_of(images: MemoryImages, views: Views, relabel: Relabel, **changes) -> Maker:
     teacher = frozen.Frozen(expert("instance").eval().requires_grad_(False), {}, ALONE)
-    made_of = (relabel, CLASSES, images.counts, 0, 2, ALONE, np.zeros((11, CLASSES), np.float32))
-    return Maker(
-        images, teacher, normal(), view_spec(views, SIZE, True), views, *made_of, **changes
-    )
+    given = (images, teacher, normal(), view_spec(views, SIZE, True), views, relabel, CLASSES)
+    more = {"temperature": None, "learned": np.zeros((11, CLASSES), np.float32), **changes}
+    return Maker(*given, images.counts, 0, 2, ALONE, **more)
 
 
 def labels_of(kind: str, images: MemoryImages, views: Training, topk: int):

@@ -15,10 +15,8 @@ from ltdd_scale.settings import lay_over, parse
 
 # Settings that have another name now: whoever has an old config is told the new one.
 MOVED = {
-    "strategies.debias": "observer.reweight_power and observer.resample_power (0 for false), and "
-    "the teacher's,",
-    "train.debias": "observer.reweight_power and observer.resample_power (0 for false), and the "
-    "teacher's,",
+    "strategies.debias": "observer.reweight_power and observer.resample_power (0 for false)",
+    "train.debias": "observer.reweight_power and observer.resample_power (0 for false)",
     "strategies.calibrate": "calibrate.fair",
     "strategies.confident_init": "initialize.select (confident; random for false)",
     "initialize.confident": "initialize.select (confident; random for false)",

@@ -10,7 +10,6 @@ from ltdd_scale.data.settings import Chosen, Data
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import (
     OBSERVER,
-    OF_RECIPE,
     OWN,
     SAID,
     Architecture,
@@ -18,7 +17,9 @@ from ltdd_scale.experts.settings import (
     Role,
     Teacher,
     Train,
+    idle,
     is_observer,
+    is_trained,
 )
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
@@ -96,37 +97,45 @@ def check(config: Any) -> list[str]:
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
         warnings.append("train.deepspeed has no effect with train.engine=ddp")
     for role in ("observer", "teacher"):
-        _check_expert(role, getattr(config, role), config.observer, warnings)
+        _check_expert(role, config, warnings)
     return warnings
 
 
-def _check_expert(role: str, expert: Role, observer: Role, warnings: list[str]) -> None:
+def _check_expert(role: str, config: Any, warnings: list[str]) -> None:
+    expert, observer = getattr(config, role), config.observer
     unsaid = Expert() if role == "observer" else observer
     given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(unsaid, n)]
-    if "width" in given and not expert.net.startswith("convnet"):
-        warnings.append(f"{role}.width has no effect on {expert.net}")
-    if role == "observer" and expert.weights in (OBSERVER, OWN):
-        raise UserError(f"observer.weights={expert.weights}: that is for the teacher; name a file")
+    if role == "observer":
+        given = [n for n in given if not _taken_over(n, config)]
+        if expert.weights in (OBSERVER, OWN):
+            raise UserError(
+                f"observer.weights={expert.weights}: that is for the teacher; name a file"
+            )
     if expert.weights not in ("", OWN):
         said = SAID
         if expert.weights == OBSERVER:
             _check_shared(expert, observer)
             said = {"weights", *Architecture.model_fields}
-        idle = [n for n in given if n not in said]
-        if idle:
-            names = ", ".join(f"{role}.{n}" for n in idle)
+        names = ", ".join(f"{role}.{n}" for n in given if n not in said)
+        if names:
             warnings.append(f"without effect beside {role}.weights, nothing is trained: {names}")
         return
     if expert.head_epochs:
         raise UserError(f"{role}.head_epochs goes with {role}.weights")
-    if expert.crop_scale and "crop_padding" in given:
-        warnings.append(f"{role}.crop_padding has no effect beside {role}.crop_scale")
-    others = OF_RECIPE["balanced" if expert.recipe == "glmc" else "glmc"]
+    unread = idle(expert)
     warnings += [
-        f"{role}.{name} has no effect with {role}.recipe={expert.recipe}"
-        for name in others
-        if name in given
+        f"{role}.{name} has no effect beside {role}.{unread[name]}"
+        for name in given
+        if name in unread
     ]
+
+
+def _taken_over(name: str, config: Any) -> bool:
+    """Whether a teacher with a training of its own has this setting of the observer, and reads
+    it."""
+    teacher = config.teacher
+    same = getattr(teacher, name) == getattr(config.observer, name)
+    return is_trained("teacher", config) and same and name not in idle(teacher)
 
 
 def _check_shared(teacher: Role, observer: Role) -> None:
@@ -136,7 +145,7 @@ def _check_shared(teacher: Role, observer: Role) -> None:
             "teacher and observer are one network"
         )
     for name in Architecture.model_fields:
-        if name == "width" and not teacher.net.startswith("convnet"):
+        if name in idle(teacher):
             continue
         own, other = getattr(teacher, name), getattr(observer, name)
         if own != other:

@@ -100,21 +100,47 @@ class Role(Brought, Expert):
 
 
 class Teacher(Role):
-    """Training of the teacher; what is not said here is as the observer's (`load`)."""
+    """The teacher. What a config does not say of it is as the observer's, not as it is here."""
 
     weights: Text = option(
         "",
-        "as observer.weights; observer: the teacher is the observer, and one training gives both; "
-        "own: the teacher is trained; empty: the first where nothing sets its training apart from "
-        "the observer's, else the second",
+        "weights from elsewhere, as observer.weights; observer: the teacher is the observer, one "
+        "training gives both; own: the teacher is trained; empty: it is the observer where its "
+        "training would be the same, else it is trained",
     )
+
+
+# Settings that one recipe reads and the other does not.
+OF_RECIPE = {
+    "glmc": ("reweight_power", "contrast", "debias", "resample_power"),
+    "balanced": ("prior", "sample_power", "cutmix", "paste_power"),
+}
+
+
+def idle(expert: Role) -> dict[str, str]:
+    """Settings that the training of `expert` does not read: name → beside which setting."""
+    other = "balanced" if expert.recipe == "glmc" else "glmc"
+    out = dict.fromkeys(OF_RECIPE[other], f"recipe={expert.recipe}")
+    if not expert.net.startswith("convnet"):
+        out["width"] = f"net={expert.net}"
+    if expert.crop_scale:
+        out["crop_padding"] = "crop_scale"
+    return out
 
 
 def is_observer(config: Any) -> bool:
     """Whether the teacher of `config` is the observer: one training gives both."""
     teacher, observer = config.teacher, config.observer
-    alike = all(getattr(teacher, n) == getattr(observer, n) for n in Expert.model_fields)
+    read = set(Expert.model_fields) - set(idle(teacher))
+    alike = all(getattr(teacher, n) == getattr(observer, n) for n in read)
     return teacher.weights == OBSERVER or (not teacher.weights and alike)
+
+
+def is_trained(role: str, config: Any) -> bool:
+    """Whether the expert of `role` has a training of its own."""
+    if role == "teacher" and is_observer(config):
+        return False
+    return getattr(config, role).weights in ("", OWN)
 
 
 class Architecture(Settings):
@@ -144,11 +170,6 @@ class Weights(Settings):
 
 # What weights from elsewhere leave to say.
 SAID = {*Brought.model_fields, *Architecture.model_fields, *Head.model_fields}
-# Settings that one recipe reads and the other does not.
-OF_RECIPE = {
-    "glmc": ("reweight_power", "contrast", "debias", "resample_power"),
-    "balanced": ("prior", "sample_power", "cutmix", "paste_power"),
-}
 
 
 class Engine(Settings):

@@ -63,6 +63,7 @@ def _shared() -> Stage:
         version=1,
         run="ltdd_scale.experts.shared:run",
         inputs={"observer": "observer"},
+        resources=Resources.CPU,
         division=Division.ONE,
         help="take the observer as the teacher",
     )

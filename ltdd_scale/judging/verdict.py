@@ -60,9 +60,8 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         "experts": {},
     }
     # Logits of all test images are large: nobody holds what nobody reads again.
-    kept = (
-        (TEACHER, OBSERVER) if settings.labeller == "both" or "grouping" in context.inputs else ()
-    )
+    kept = {TEACHER} if "grouping" in context.inputs else set()
+    kept |= {TEACHER, OBSERVER} if settings.labeller == "both" else set()
     logits: dict[str, Tensor] = {}
     once: dict[str, Row] = {}  # of each file of weights: the observer may be the teacher too
     for title, network in judged.items():

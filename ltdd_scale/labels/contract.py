@@ -51,9 +51,9 @@ class Maker:
     seed: int
     epochs: int
     ranks: Ranks
+    temperature: float | None
     learned: np.ndarray | None = None
     tell: Callable[[int, int], None] = lambda done, total: None
-    temperature: float | None = None
 
     def teach(self, x: Tensor) -> Tensor:
         """The teacher's logits float32 [n, C] on normalised images [n, 3, R, R]."""

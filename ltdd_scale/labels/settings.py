@@ -65,5 +65,5 @@ class Relabel(Single, Stored):
     labeller: Literal["teacher", "both"] = option(
         "teacher",
         "online, stored, single: whose logits label; both: the mean of the teacher's and the "
-        "observer's, for twice the passes",
+        "observer's, for twice the passes; they must be two networks, see teacher.weights",
     )

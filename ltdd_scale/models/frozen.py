@@ -191,12 +191,14 @@ def predict(
     logits = _function(network, ranks)
     n = len(images.labels)
     plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
-    out = torch.empty(0, 0)
-    for (indices, _), x in zip(plans, images.stream(plans, ViewSpec(1)), strict=True):
+    out: Tensor | None = None
+    for start, x in zip(range(0, n, batch), images.stream(plans, ViewSpec(1)), strict=True):
         signals.check()
         found = logits(normalize(x)).cpu()
-        out = out if len(out) else torch.empty(n, found.shape[1])  # at once: `cat` would hold twice
-        out[indices[0] : indices[-1] + 1] = found
+        if out is None:  # all of it at once: to put parts together would take as much again
+            out = torch.empty(n, found.shape[1])
+        out[start : start + batch] = found
+    assert out is not None, "no image to judge"
     return out
 
 

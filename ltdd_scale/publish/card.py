@@ -11,6 +11,7 @@ import numpy as np
 from ltdd_scale.publish import hub, kept, lrs
 from ltdd_scale.publish.opened import Opened
 from ltdd_scale.publish.tables import table
+from ltdd_scale.results import SOFTMAX
 
 SHOWN_CLASSES = 20
 LOADING = {
@@ -307,12 +308,13 @@ def _mixing(told: dict[str, Any]) -> str:
     if not told["soft_labels"] or told["soft_labels"] == "learned.npy":
         return f"{said} `p` by the two images' shares."
     judged = told["config"]["evaluate"]
-    if judged.get("soft_loss", "mse") == "mse":
+    if told.get("mixed") != SOFTMAX or judged["soft_loss"] == "mse":
         return f"{said} `classes` and `logits` alike by the two images' shares."
-    t = judged.get("temperature", 1.0)
+    t = judged["temperature"]
+    parts = (f"log_p({z}, {t:g}) + np.log({share})" for z, share in (("a", "w"), ("b", "1 - w")))
     return (
-        f"{said} `classes` by the two images' shares, and `np.exp(log_p(logits, {t}))` too: {t} "
-        "times the logarithm of that mixture are the `logits` of the mixed image."
+        f"{said} `classes` by the two images' shares w and 1 - w. Of logits a and b, the mixed "
+        f"image has `{t:g} * np.logaddexp({', '.join(parts)})`: their softmax is mixed."
     )
 
 

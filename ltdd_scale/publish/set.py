@@ -29,6 +29,7 @@ from ltdd_scale.publish.formats import WRITERS
 from ltdd_scale.publish.material import FOLDER, Material
 from ltdd_scale.publish.opened import SOFT, Opened, numbered
 from ltdd_scale.publish.settings import FORMATS, IMAGEFOLDER, Publish
+from ltdd_scale.results import SOFTMAX
 from ltdd_scale.runtime import files
 from ltdd_scale.settings import parse
 
@@ -162,6 +163,8 @@ def description(material: Material, split: ShardSplit, names: list[str]) -> dict
         # Networks see whitened images, and mean and std above do not apply.
         "zca": whitening.FILE if material.find("zca") else "",
         "labels": material.labels,
+        # Of the labels of images that CutMix mixes, see docs/labels.md.
+        "mixed": SOFTMAX if material.config["evaluate"]["soft_loss"] == "kl" else "logits",
         "student": material.student,
         "config": _elsewhere(material.config),
     }
