@@ -174,7 +174,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     return Stage(
         name="evaluate",
         kind="evaluate",
-        version=5,
+        version=6,
         run="ltdd_scale.judging.verdict:run",
         reads={
             **places("seed", "relabel.labels", "evaluate.split", "evaluate.matrix"),

@@ -64,13 +64,16 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     kept |= {TEACHER, OBSERVER} if settings.labeller == "both" else set()
     logits: dict[str, Tensor] = {}
     once: dict[str, Row] = {}  # of each file of weights: the observer may be the teacher too
+    first: dict[str, str] = {}  # whose it was
     for title, network in judged.items():
         file = files.sha256(context.input(title) / settings.judged[title][1])
         if file not in once or title in kept:
             once[file], found = test.judge(network)
             logits |= {title: found} if title in kept else {}
             del found
-        summary["experts"][title] = {"net": network.recipe["net"], **once[file]}
+        same = {"same_as": first[file]} if file in first else {}
+        summary["experts"][title] = {"net": network.recipe["net"], **once[file], **same}
+        first.setdefault(file, title)
     if settings.labeller == "both" and {TEACHER, OBSERVER} <= set(logits):
         mean = (logits[TEACHER] + logits[OBSERVER]) / 2
         nets = " + ".join(judged[title].recipe["net"] for title in (TEACHER, OBSERVER))

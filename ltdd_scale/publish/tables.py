@@ -80,6 +80,8 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     shown = numbers(summary)
     out = [["set", "labels", "net", "IPC", *(HEADINGS[n] for n in shown), "seeds"]]
     for title, e in [*_students(summary), *summary["experts"].items()]:
+        if "same_as" in e:
+            title = f"{title} (the {e['same_as']} itself)"
         start = [title, e.get("labels", "–"), e["net"], str(e.get("ipc") or "–")]
         out.append([*start, *(cell(e, n) for n in shown), str(e.get("num_seeds", 1))])
     return out
