@@ -14,7 +14,7 @@ from ltdd_scale.data import augment
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import batches, cost, growth, recipes, state, train
-from ltdd_scale.experts.settings import Engine, Expert, Role, Train
+from ltdd_scale.experts.settings import Engine, Expert, Role, Teacher, Train
 from ltdd_scale.experts.stage import stage
 from ltdd_scale.models import flops
 from ltdd_scale.runtime.ranks import Ranks, rng
@@ -254,10 +254,10 @@ def test_history_is_of_finished_epochs():
 def test_networks_that_cannot_serve_are_refused_before_anything_starts():
     with pytest.raises(UserError, match="has no BatchNorm layer to align"):
         train.check(given(observer=Role(norm="instance")))
-    train.check(given("teacher", teacher=Role(norm="instance")))
+    train.check(given("teacher", teacher=Teacher(norm="instance")))
     train.check(given())
     with pytest.raises(UserError, match="alexnet cannot take images of 32 pixels"):
-        train.check(given("teacher", teacher=Role(net="alexnet")))
+        train.check(given("teacher", teacher=Teacher(net="alexnet")))
 
 
 def test_the_options_of_deepspeed_must_be_there(tmp_path):
@@ -280,11 +280,11 @@ def test_the_options_of_deepspeed_must_be_there(tmp_path):
 def test_cost_of_an_expert():
     """FLOPs: epochs · images · views · (forward + 2 forwards). A micro-batch keeps less."""
     facts = Facts((80, 20))
-    expert = Role(recipe="glmc", optimizer="sgd", width=8, epochs=7, batch_size=10)
+    expert = Teacher(recipe="glmc", optimizer="sgd", width=8, epochs=7, batch_size=10)
     net = ("convnet3", 8, "instance", 32)
     both = cost.cost(given("teacher", teacher=expert), facts)
     assert both.flops == 7 * 100 * 2 * 3 * flops.forward(*net)
-    one_view = Role(width=8, epochs=7, batch_size=10)
+    one_view = Teacher(width=8, epochs=7, batch_size=10)
     plain = cost.cost(given("teacher", teacher=one_view), facts)
     assert plain.flops == both.flops / 2 and plain.batch == both.batch / 2
     assert plain.disk > 10 * 4 * flops.parameters(*net), "AdamW has two moments"

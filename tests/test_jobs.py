@@ -59,8 +59,9 @@ def test_a_job_gets_what_its_stage_can_use(tmp_path):
     names = ("observer", "calibrate", "recover", "students", "evaluate", "shard")
     assert [of(wide, s).nodes for s in names] == [2, 1, 1, 1, 1, 1]
     assert [of(wide, s).array for s in names] == [1, 1, 3, 3, 1, 1]
-    gres = [of(wide, s).gres for s in ("teacher", "recover", "evaluate", "shard")]
-    assert gres == ["gpu:a100:4", "gpu:a100:1", "gpu:a100:1", ""]
+    # Here the teacher is the observer: a file is copied.
+    gres = [of(wide, s).gres for s in ("observer", "recover", "evaluate", "shard", "teacher")]
+    assert gres == ["gpu:a100:4", "gpu:a100:1", "gpu:a100:1", "", ""]
     table = wide.of("summary")
     assert (table.partition, table.mem_gb, table.gpus_per_node) == ("cpu", 8, 0)
 
