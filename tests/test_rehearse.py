@@ -44,7 +44,8 @@ def test_a_rehearsal_runs_every_stage_and_says_what_it_took(tmp_path):
         "evaluate",
     ):
         assert float(rows[stage][0]) >= 0 and float(rows[stage][6].replace(",", "")) > 100
-        assert stage == "evaluate" or float(rows[stage][4]) > 0, "cores work on every image"
+        if stage not in ("teacher", "evaluate"):  # the teacher is the observer: a file is copied
+            assert float(rows[stage][4]) > 0, "cores work on every image"
     assert rows["shard"][3].strip() == "89" and rows["recover"][3].strip() == "36"
     again = rehearse("--images", tmp_path / "some", "--set", "recover.iterations=1")
     assert again.returncode == 0 and (tmp_path / "out/ipc3.md").read_text() == table
