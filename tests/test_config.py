@@ -96,9 +96,11 @@ def test_what_is_not_said_of_the_teacher_is_as_the_observers(tmp_path):
     glmc = ["observer.recipe=glmc", "observer.contrast=2", "teacher.recipe=balanced"]
     assert check(load.load(path, glmc)) == []
     # A setting that a training does not read sets nothing apart, and is said to do nothing.
-    idle = load.load(path, ["teacher.width=64"])
-    assert is_observer(idle)
-    assert check(idle) == ["teacher.width has no effect beside teacher.net=resnet32"]
+    for setting in ("width=64", "norm=instance"):
+        idle = load.load(path, [f"teacher.{setting}"])
+        name = setting.partition("=")[0]
+        assert is_observer(idle)
+        assert check(idle) == [f"teacher.{name} has no effect beside teacher.net=resnet32"]
     # What the observer does not read, a teacher with a training of its own may.
     heir = load.load(path, ["observer.weights=w.pt", "teacher.weights=own"])
     assert not is_observer(heir) and check(heir) == []

@@ -122,7 +122,8 @@ def idle(expert: Role) -> dict[str, str]:
     other = "balanced" if expert.recipe == "glmc" else "glmc"
     out = dict.fromkeys(OF_RECIPE[other], f"recipe={expert.recipe}")
     if not expert.net.startswith("convnet"):
-        out["width"] = f"net={expert.net}"
+        own = ("width",) if expert.net == "vgg11_cifar" else ("width", "norm")
+        out |= dict.fromkeys(own, f"net={expert.net}")
     if expert.crop_scale:
         out["crop_padding"] = "crop_scale"
     return out
@@ -136,11 +137,9 @@ def is_observer(config: Any) -> bool:
     return teacher.weights == OBSERVER or (not teacher.weights and alike)
 
 
-def is_trained(role: str, config: Any) -> bool:
-    """Whether the expert of `role` has a training of its own."""
-    if role == "teacher" and is_observer(config):
-        return False
-    return getattr(config, role).weights in ("", OWN)
+def is_second(config: Any) -> bool:
+    """Whether the teacher has a training of its own."""
+    return config.teacher.weights in ("", OWN) and not is_observer(config)
 
 
 class Architecture(Settings):
