@@ -19,7 +19,7 @@ from ltdd_scale.experts.settings import (
     Train,
     idle,
     is_observer,
-    is_second,
+    trains_teacher,
 )
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
@@ -135,7 +135,7 @@ def _taken_over(name: str, config: Any) -> bool:
     it."""
     teacher = config.teacher
     same = getattr(teacher, name) == getattr(config.observer, name)
-    return is_second(config) and same and name not in idle(teacher)
+    return trains_teacher(config) and same and name not in idle(teacher)
 
 
 def _check_shared(teacher: Role, observer: Role) -> None:

@@ -137,8 +137,8 @@ def is_observer(config: Any) -> bool:
     return teacher.weights == OBSERVER or (not teacher.weights and alike)
 
 
-def is_second(config: Any) -> bool:
-    """Whether the teacher has a training of its own."""
+def trains_teacher(config: Any) -> bool:
+    """Whether the teacher of `config` has a training of its own."""
     return config.teacher.weights in ("", OWN) and not is_observer(config)
 
 

@@ -63,17 +63,19 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     kept = {TEACHER} if "grouping" in context.inputs else set()
     kept |= {TEACHER, OBSERVER} if settings.labeller == "both" else set()
     logits: dict[str, Tensor] = {}
-    once: dict[str, Row] = {}  # of each file of weights: the observer may be the teacher too
-    first: dict[str, str] = {}  # whose it was
+    first: dict[str, str] = {}  # file → title: the observer may be the teacher too
     for title, network in judged.items():
         file = files.sha256(context.input(title) / settings.judged[title][1])
-        if file not in once or title in kept:
-            once[file], found = test.judge(network)
-            logits |= {title: found} if title in kept else {}
-            del found
-        same = {"same_as": first[file]} if file in first else {}
-        summary["experts"][title] = {"net": network.recipe["net"], **once[file], **same}
+        if file in first and title not in kept:
+            same = first[file]
+            summary["experts"][title] = {**summary["experts"][same], "same_as": same}
+            continue
         first.setdefault(file, title)
+        numbers, found = test.judge(network)
+        summary["experts"][title] = {"net": network.recipe["net"], **numbers}
+        if title in kept:
+            logits[title] = found
+        del found
     if settings.labeller == "both" and {TEACHER, OBSERVER} <= set(logits):
         mean = (logits[TEACHER] + logits[OBSERVER]) / 2
         nets = " + ".join(judged[title].recipe["net"] for title in (TEACHER, OBSERVER))
