@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import rldd_tools
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +46,21 @@ def test_one_image_is_not_left_over():
 
 def test_a_chunk_mixes_head_and_tail():
     chunk = chunks.chunks(1000, 10, 100)[0]
-    assert len(chunk.classes) == 100 and chunk.classes[0] == 0 and chunk.classes[-1] == 990
+    assert len(chunk.classes) == 10 and chunk.classes[0] == 0 and chunk.classes[-1] == 900
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "ipc", "size"),
+    [(1000, 10, (10, 10)), (1000, 50, (10, 10)), (10, 10, (10, 10)), (7, 10, (7, 10)), (20, 10, (10, 10)), (121, 10, (10, 10)), (1000, 1, (100, 1)), (200, 2, (50, 2))],
+)  # fmt: skip
+def test_a_chunk_has_few_classes_with_many_images_where_nothing_is_said(num_classes, ipc, size):
+    first = chunks.chunks(num_classes, ipc, 100)[0]
+    assert (len(first.classes), first.last - first.first) == size
+
+
+def test_as_published_a_chunk_has_one_image_of_many_classes():
+    first = chunks.chunks(1000, 10, 80, 80)[0]
+    assert (len(first.classes), first.last - first.first) == (77, 1)
 
 
 @given(*SHAPES, st.integers(2, 70))

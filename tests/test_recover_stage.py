@@ -13,6 +13,7 @@ from ltdd_scale.methods.matching.real import open_real
 from ltdd_scale.methods.rldd import chunks, matched, recover
 from ltdd_scale.methods.rldd.method import RLDD
 from ltdd_scale.methods.rldd.settings import Calibrate, Initialize, Recover
+from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.context import Context
@@ -340,3 +341,39 @@ def test_the_random_network_must_be_able_to_take_the_images():
     words = r"recover\.matching: convnet3 needs images of at least 8 pixels.*recover\.matching=0"
     with pytest.raises(UserError, match=words):
         check(4)
+
+
+def test_where_observer_and_teacher_are_one_network_one_pass_serves_both(
+    store, tmp_path, monkeypatch
+):
+    """One training, and calibration left the observer's buffers alone."""
+    shared = tmp_path / "store"
+    shared.mkdir()
+    for name in ("shard", "observer", "initialize"):
+        (shared / name).symlink_to(store / name)
+    (shared / "teacher").symlink_to(store / "observer")
+    alone = Calibrate(conv_inputs=True, recalibrate=False)
+    config = configured().model_copy(update={"calibrate": alone})
+    rldd_tools.run("calibrate", config, shared)
+    passes, real = [], frozen.forward
+    monkeypatch.setattr(
+        frozen, "forward", lambda net, *given: passes.append(type(net)) or real(net, *given)
+    )
+    rldd_tools.run("recover", config, shared)
+    once = passes.count(registry.TwoHeads)  # matching has networks of its own
+    monkeypatch.setattr(frozen, "same", lambda *given: False)
+    rldd_tools.run("recover", config, shared, out=tmp_path / "apart")
+    assert passes.count(registry.TwoHeads) == 3 * once > 0
+    for c in range(10):
+        one, two = (
+            Distilled(f, 10).load(c).astype(int) for f in (shared / "recover", tmp_path / "apart")
+        )
+        assert np.abs(one - two).max() <= 1, "sums of gradients in another order"
+
+
+def test_a_calibrated_observer_is_another_network_than_the_teacher(store):
+    ranks = rldd_tools.ALONE
+    paths = (store / "observer" / "weights.pt", store / "calibrate" / "observer.pt")
+    trained, calibrated = (frozen.load(path, ranks) for path in paths)
+    assert frozen.same(trained, frozen.load(paths[0], ranks))
+    assert not frozen.same(trained, calibrated)

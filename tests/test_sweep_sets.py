@@ -16,7 +16,6 @@ from ltdd_scale.runtime import files
 CONFIGS = ROOT / "configs"
 # Where a set's config may differ from the defaults: what it is, and how much of it two cores do.
 OWN = {"name", "data", "ipc", "width", "norm", "epochs", "plain_epochs", "batch_size"}
-OWN |= {"chunk_classes"}  # of many classes: what recovery takes
 
 
 def tables_of(text: str) -> list[dict[tuple[str, str], list[str]]]:

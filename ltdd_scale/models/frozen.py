@@ -153,6 +153,16 @@ def load_mean(paths: Sequence[Path], ranks: Ranks) -> Frozen:
     return Frozen(model, made_of, ranks)
 
 
+def same(a: Frozen, b: Frozen) -> bool:
+    """Whether two networks are one: made alike, with equal weights and buffers. Waits for them."""
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    return (
+        a.recipe == b.recipe
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
+
+
 class _Mean(nn.ModuleList):
     """The mean of several networks' logits: softmax gives the normalised geometric mean of their
     probabilities."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from ltdd_scale.stage import Facts
 
+FEWEST = 10  # classes of a chunk, unless the settings say another number
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -33,7 +35,9 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
     """All chunks, of at most `batch_size` images.
 
     Chunk g of G takes classes g, g + G, …: the long tail, thinned, in every batch.
-    `chunk_classes`: classes of a chunk; 0: as many as fit.
+    `chunk_classes`: classes of a chunk, at most; 0: as many as fit with all their images, or ten
+    where these are fewer. So a chunk's images of a class say something about the class, and the
+    whole chunk about all classes.
     """
     number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
     out: list[Chunk] = []
@@ -48,7 +52,8 @@ def _sizes(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> t
     """Groups of classes, and the images of a class that one chunk has, at most: as many as fit, but
     about the same in all chunks of a group. One image left over would be a chunk that costs as many
     steps as a full one, and is too small for statistics."""
-    per_chunk = min(chunk_classes or num_classes, num_classes, batch_size)
+    wanted = chunk_classes or max(FEWEST, batch_size // ipc)
+    per_chunk = min(wanted, num_classes, batch_size)
     groups = -(-num_classes // per_chunk)
     fit = max(1, batch_size // -(-num_classes // groups))
     return groups, -(-ipc // -(-ipc // fit))

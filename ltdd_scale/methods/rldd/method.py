@@ -58,7 +58,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     recover = Stage(
         name="recover",
         kind="recover",
-        version=9,  # 9: a chunk holds no more real images of a class than its iterations look at
+        version=10,  # 10: a chunk has few classes with all their images
         run=f"{HERE}.recover:run",
         reads={
             "recover": "recover",

@@ -50,9 +50,10 @@ STOPS = "stopped.json"  # in the stage's folder: number of a chunk → iteration
 class Objective:
     """What all chunks share: the networks, the bounds of normalised pixels, the settings.
 
-    Without a `teacher` its term is left out; where chunks may stop, it watches them too. `low`,
-    `high`: float32 [1, 3, 1, 1]. `size`: the side of images in and out. Networks that take
-    `any_size` see a stage's images at their own side, others enlarged to `size`.
+    Without a `teacher` its term is left out; where chunks may stop, it watches them too. It may be
+    the `observer` itself: one pass then serves both. `low`, `high`: float32 [1, 3, 1, 1]. `size`:
+    the side of images in and out. Networks that take `any_size` see a stage's images at their own
+    side, others enlarged to `size`.
     """
 
     observer: nn.Module
@@ -75,7 +76,9 @@ class Objective:
         if settings.ce:
             loss = loss + settings.ce * F.cross_entropy(logits, labels)
         if self.teacher is not None and settings.teacher_ce:
-            judged = frozen.forward(self.teacher, shown, self.ranks)
+            judged = logits
+            if self.teacher is not self.observer:
+                judged = frozen.forward(self.teacher, shown, self.ranks)
             loss = loss + settings.teacher_ce * _weighted(judged, labels, trust)
         return loss
 
@@ -90,7 +93,7 @@ class Objective:
         """The recovered images `x`, as far as they stay of their class."""
         if self.teacher is None or not self.settings.settle:
             return x
-        networks = [self.teacher, self.observer]
+        networks = list(dict.fromkeys((self.teacher, self.observer)))
         shown = (networks, batch.images, x, batch.labels, self.settings.settle, self.ranks)
         return guard.settled(*shown)
 
@@ -252,6 +255,8 @@ def load(settings: Given, context: Context, split: ShardSplit, mine: Sequence[Ch
     observer, teacher = frozen.load(calibrated / "observer.pt", ranks), None
     if recover.needs_teacher:
         teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
+        if frozen.same(observer, teacher):  # one training, and calibrate.recalibrate=false
+            teacher = observer
     statistics = tensors.load(calibrated / "statistics.pt")
     layers: dict[str, nn.Module] = dict(registry.norm_layers(observer.model))
     if settings.conv_inputs and statistics["fair"]:

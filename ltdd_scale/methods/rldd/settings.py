@@ -103,7 +103,10 @@ class Recover(Settings):
     iterations: Whole = option(600, "Adam steps a chunk; 0 keeps the initial images", low=0)
     batch_size: Whole = option(100, "images a chunk; a chunk is one batch", low=1)
     chunk_classes: Whole = option(
-        0, "classes a chunk, taken at a stride so that head and tail meet; 0: as many as fit", low=0
+        0,
+        "classes a chunk, at most, taken at a stride so that head and tail meet; 0: as many as fit "
+        "with all their images, or ten where these are fewer",
+        low=0,
     )
     lr: Number = option(
         0.01, "Adam learning rate, in units of normalised pixels; cosine to 0", low=0
