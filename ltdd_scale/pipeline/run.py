@@ -58,8 +58,9 @@ def bring_up_to_date(
         raise files.explain(error, folder) from error
     work = _Work(nodes, folder, targets, ranks, how)
     pending = work.left()
-    for name in [n for n in pending if nodes[n].stage.division is Division.CHUNKS]:
-        work.check_ranks(nodes[name])
+    if all(nodes[n].stage.division is Division.CHUNKS for n in pending):
+        for name in pending:
+            work.refuse_idle_ranks(nodes[name])
     for names in batches(nodes, pending):
         if nodes[names[0]].stage.division is Division.UNITS:
             work.deal(names)
@@ -104,24 +105,32 @@ class _Work:
                 store.tidy(folders[name])  # one may have died just after it was sealed
         return needed(self.nodes, self.targets, set(self.ranks.broadcast(missing)))
 
-    def check_ranks(self, node: Node) -> None:
-        """Raise `UserError` for more ranks than pieces, before the work that comes first."""
-        if self.how.auto_ranks or self.ranks.world_size == 1 or not node.stage.pieces:
-            return
+    def refuse_idle_ranks(self, node: Node) -> None:
+        """Raise `UserError` for more ranks than pieces of the stage that they were asked for. Where
+        other stages come before or after, it is only said: those may use all ranks."""
+        if not self.how.auto_ranks and (idle := self._idle(node)):
+            too_many, pieces, advice = idle
+            hint = f", or {advice}" if advice else ""
+            raise UserError(f"{too_many}: use --nproc {pieces}{hint}")
+
+    def _idle(self, node: Node) -> tuple[str, int, str] | None:
+        """Of a stage with fewer pieces than ranks, in all parts: what to say, its pieces, and what
+        would give more. None where each rank has one, or where it is not known yet."""
+        parts = self.how.part[1] if self.how.part and node.name in self.targets else 1
+        world_size = self.ranks.world_size * parts
+        if world_size == 1 or not node.stage.pieces:
+            return None
         try:
             facts = self.how.facts()
         except UserError:
-            return  # there are no shards yet; it is asked again when there are
-        pieces, world_size = self._pieces(node, facts), self.ranks.world_size
-        if world_size > pieces:
-            module = importlib.import_module(node.stage.pieces.partition(":")[0])
-            more = getattr(module, "more_pieces", None)
-            advice = more(node.settings, facts, world_size) if more else ""
-            hint = f", or {advice}" if advice else ""
-            raise UserError(
-                f"{node.name} has {pieces} chunk{'s' * (pieces > 1)} for {world_size} ranks: "
-                f"use --nproc {pieces}{hint}"
-            )
+            return None  # there are no shards yet
+        pieces = self._pieces(node, facts)
+        if world_size <= pieces:
+            return None
+        module = importlib.import_module(node.stage.pieces.partition(":")[0])
+        more = getattr(module, "more_pieces", None)
+        text = f"{node.name} has {pieces} chunk{'s' * (pieces > 1)} for {world_size} ranks"
+        return text, pieces, more(node.settings, facts, world_size) if more else ""
 
     def _pieces(self, node: Node, facts: Facts) -> int:
         return function(node.stage.pieces)(node.settings, facts)
@@ -129,13 +138,15 @@ class _Work:
     def together(self, node: Node) -> None:
         """A stage on all ranks."""
         part = self.how.part if node.name in self.targets else None
-        if node.stage.division is Division.CHUNKS:
-            self.check_ranks(node)
         # Here all ranks stop at once, with nothing begun.
         if self.ranks.agree(signals.requested())[0]:
             raise signals.Preempted(f"request before {node.name}")
         begin = time.monotonic()
         self.say(f"{node.name} …")
+        if node.stage.division is Division.CHUNKS and (idle := self._idle(node)):
+            too_many, _, advice = idle
+            hint = f" ({advice} would use them)" if advice else ""
+            self.say(f"{too_many}: the others have nothing to do{hint}")
         self.execute(node, self.ranks, part)
         self.say(f"{node.name}: done in {duration(time.monotonic() - begin)}")
 

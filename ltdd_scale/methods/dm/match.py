@@ -128,11 +128,6 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     """Write a distilled set that starts from random real images. Finished chunks are kept."""
     matching, real = open_set(settings, context)
     work = divide(len(real.start))
-    if context.world_size > len(work):
-        context.say(
-            f"match has {len(work)} chunks for {context.world_size} ranks; "
-            "the others have nothing to do"
-        )
     mine, steps = context.mine(work), max(settings.dm.iterations, 1)
     progress = context.progress("match", len(mine) * steps, "iterations", stops=False)
     for position, classes in enumerate(mine):

@@ -289,11 +289,6 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
     classes = range(len(split.classes))
     initial = distilled.Distilled(context.input("initialize"), len(classes))
     work = chunks(len(classes), settings.ipc, recover.batch_size, recover.chunk_classes)
-    if context.world_size > len(work):
-        context.say(
-            f"recover has {len(work)} chunks for {context.world_size} ranks; "
-            "the others have nothing to do"
-        )
     # Provenance is written after the images: both are there, or the class is put together again.
     finished = all(distilled.provenance_file(context.out, c).exists() for c in classes)
     if not ranks.broadcast(finished):
