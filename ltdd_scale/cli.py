@@ -322,7 +322,6 @@ def _work(args: argparse.Namespace) -> int:
         part=args.part,
         report=args.command in ("run", "report"),
         quiet=args.quiet,
-        auto_ranks=not place.here().launched,
         force=args.force,
     )
     if clustered:

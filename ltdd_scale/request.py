@@ -18,10 +18,9 @@ WHOLE = "run"  # the target that stands for everything, the report included
 class Request:
     """`config` is the whole config as YAML, with nothing left to resolve; `targets` are names of
     stages or of groups; `source` is the digest of the real images (``data/digest.py``).
-    `part` (k, n): only the k-th of n shares of the target's pieces. `auto_ranks`: nobody asked for
-    this number of ranks, so ranks without work are idle and not an error. `report`: write the
-    report afterwards. `out` and `store` are absolute paths. `force`: go on where the machine seems
-    too small. `asked`: hash of the config as it was asked for, before anything was resolved.
+    `part` (k, n): only the k-th of n shares of the target's pieces. `report`: write the report
+    afterwards. `out` and `store` are absolute paths. `force`: go on where the machine seems too
+    small. `asked`: hash of the config as it was asked for, before anything was resolved.
     """
 
     config: str
@@ -32,7 +31,6 @@ class Request:
     part: tuple[int, int] | None = None
     report: bool = False
     quiet: bool = False
-    auto_ranks: bool = True
     force: bool = False
     asked: str = ""
 

@@ -145,7 +145,6 @@ def execute(session: Session) -> None:
         workers=runtime.workers,
         checkpoint_seconds=runtime.checkpoint_seconds,
         quiet=request.quiet,
-        auto_ranks=request.auto_ranks,
         part=request.part,
         location=look_up(session.config, Section("data", Location)),
     )

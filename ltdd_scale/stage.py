@@ -68,7 +68,8 @@ class Cost:
     Memory of each rank: `memory`, and `activations` as float32. `batch`: activations of the global
     batch, which ranks share out. `decodes`: images decoded in all. `steps`: steps that wait for
     each other, of training or recovery, in all pieces of the work. `meetings`: small reductions
-    over all ranks that a step waits for, in all.
+    over all ranks that a step waits for, in all. `pieces`: into how many the work of a stage of
+    chunks is cut; 0: it is not.
     """
 
     flops: float = 0.0
@@ -79,6 +80,7 @@ class Cost:
     activations: float = 0.0
     batch: float = 0.0
     disk: float = 0.0
+    pieces: int = 0
 
 
 @dataclass(frozen=True)

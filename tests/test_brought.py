@@ -13,6 +13,7 @@ from ltdd_scale import recipe
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
 from ltdd_scale.experts import layouts
+from ltdd_scale.experts.settings import Expert, Head
 from ltdd_scale.models import frozen, registry, safe
 from ltdd_scale.publish import set as published
 from ltdd_scale.stage import settings_of
@@ -87,6 +88,13 @@ def test_a_file_counts_by_what_it_holds(at, monkeypatch):
     assert train(at, "three", [f"teacher.weights={at / 'two.pth'}"]).returncode == 0
     assert made(at, "three") != made(at, "one")
     assert facts(at, "three")["val_balanced"] == facts(at, "one")["val_balanced"]
+
+
+def test_a_last_layer_has_no_rate_of_sgd():
+    """AdamW's rates are a hundredth of SGD's, and a teacher has the observer's settings."""
+    of = {"head_epochs": 5, "batch_size": 8, "prior": 1.0, "lr": 0.2, "weight_decay": 2e-4}
+    assert Head(**of, optimizer="adamw").rate_and_decay == (0.2, 2e-4)
+    assert Head(**of, optimizer="sgd").rate_and_decay == (Expert().lr, Expert().weight_decay)
 
 
 @pytest.mark.slow

@@ -109,6 +109,11 @@ def test_what_is_not_said_of_the_teacher_is_as_the_observers(tmp_path):
     assert check(load.load(path, rows)) == [
         "observer.prior has no effect beside observer.recipe=glmc"
     ]
+    # Images that grow are for networks that take any size.
+    small = load.load(path, ["observer.begin_resolution=16"])
+    assert is_observer(small) and small.teacher.begin_resolution == 16
+    other = load.load(path, ["observer.begin_resolution=16", "teacher.net=convnet3"])
+    assert other.teacher.begin_resolution == 0 and load.from_text(load.to_yaml(other)) == other
     # An expert from elsewhere is the teacher too.
     brought = load.load(path, ["observer.weights=w.pt"])
     assert is_observer(brought) and brought.teacher.weights == ""

@@ -250,6 +250,8 @@ def test_ranks_share_out_steps_and_wait_for_each_other():
 
 def test_chunks_and_students_are_dealt():
     assert takes(Division.CHUNKS, flops=8e12, steps=800, number=8).seconds == 1
+    assert takes(Division.CHUNKS, flops=8e12, number=8, pieces=1).seconds == 8
+    assert takes(Division.CHUNKS, flops=9e12, number=8, pieces=9).seconds == 2, "a second round"
     assert takes(Division.UNITS, flops=8e12, number=8).seconds == 8, "one student is one device's"
     students = [estimate.Taken(2.0, "steps")] * 6
     assert estimate.of_many(students, 4).seconds == 3 and estimate.of_many(students, 8).seconds == 2

@@ -130,7 +130,7 @@ def calibrate(world: int, m: Machine, w: Work) -> tuple[float, str]:
 
 
 def recover(world: int, m: Machine, w: Work) -> tuple[float, str]:
-    work = chunks(w.classes, w.ipc, w.chunk)
+    work = chunks(w.classes, w.ipc, w.chunk, w.chunk)
     turns = max(len(work[r::world]) for r in range(world))
     bound = (
         "fewer chunks than GPUs"

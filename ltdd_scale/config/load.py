@@ -59,8 +59,10 @@ def _said(config: Any) -> dict[str, Any]:
 
 def _filled(values: dict[str, Any]) -> Any:
     """The config of `values`, with the observer's settings where the teacher has none of its
-    own."""
+    own. Images that grow are for networks that take any size: another one does not inherit them."""
     observer = {n: values["observer"][n] for n in Expert.model_fields}
+    if values["teacher"].get("net", observer["net"]) != observer["net"]:
+        del observer["begin_resolution"]
     return parse(Config, {**values, "teacher": {**observer, **values["teacher"]}})
 
 

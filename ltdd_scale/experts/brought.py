@@ -200,7 +200,8 @@ def train_head(settings: Given, split: ShardSplit, features: _Features, context:
     layer = nn.Linear(width, len(split.classes)).to(device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=own.lr, weight_decay=own.weight_decay)
+    lr, decay = own.rate_and_decay
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=decay)
     size = min(own.batch_size, len(split))
     total = own.head_epochs * (len(split) // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)

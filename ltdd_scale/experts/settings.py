@@ -151,13 +151,21 @@ class Architecture(Settings):
 
 
 class Head(Settings):
-    """Training of the last layer alone."""
+    """Training of the last layer alone, by AdamW."""
 
     head_epochs: Whole
     batch_size: Whole
+    optimizer: Text
     lr: Number
     weight_decay: Number
     prior: Number
+
+    @property
+    def rate_and_decay(self) -> tuple[float, float]:
+        """AdamW's learning rate and weight decay: the defaults where those that are said are
+        SGD's, which are a hundred times as large."""
+        said = self if self.optimizer == "adamw" else Expert()
+        return said.lr, said.weight_decay
 
 
 class Weights(Settings):

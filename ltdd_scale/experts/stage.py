@@ -84,7 +84,7 @@ def _brought(role: str, config: Any) -> Stage:
     return Stage(
         name=role,
         kind="brought",
-        version=1,
+        version=2,  # 2: a last layer has no rate of SGD
         run=f"{code}:run",
         reads={
             "net": Section(role, Architecture),

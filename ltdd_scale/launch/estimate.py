@@ -81,14 +81,17 @@ class Taken:
     bound: str = ""
 
 
-def taken(cost: Cost, stage: Stage, device: Device, number: int = 1, cores: int = 1) -> Taken:
+def taken(cost: Cost, stage: Stage, device: Device, number: float = 1, cores: int = 1) -> Taken:
     """What a stage takes on `number` devices with `cores` cores each.
 
     Ranks that train one network together share each step out, and wait for each other. Chunks and
-    students are dealt: their steps do not wait for those of others.
+    students are dealt: their steps do not wait for those of others, and the last round of chunks
+    may leave devices idle.
     """
     together = stage.division is Division.RANKS
     number = 1 if stage.division in (Division.ONE, Division.UNITS) else number
+    if cost.pieces:
+        number = cost.pieces / math.ceil(cost.pieces / number)
     kept = device.together if together and number > 1 else 1.0
     parts = {
         "arithmetic": cost.flops / (device.flops * kept * number),

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,14 @@ def check_settings(nodes: Iterable[Node]) -> None:
 
 def costs(nodes: Iterable[Node], facts: Facts) -> dict[str, Cost]:
     """The cost of each node that has one."""
-    found = [n for n in nodes if n.stage.cost]
-    return {n.name: function(n.stage.cost)(n.settings, facts) for n in found}
+    return {n.name: _cost(n, facts) for n in nodes if n.stage.cost}
+
+
+def _cost(node: Node, facts: Facts) -> Cost:
+    found = function(node.stage.cost)(node.settings, facts)
+    if not node.stage.pieces:
+        return found
+    return replace(found, pieces=function(node.stage.pieces)(node.settings, facts))
 
 
 def check_sizes(

@@ -43,7 +43,7 @@ def run(request: Request, nproc: int | None = None, max_restarts: int = 3) -> in
     session.enter(work)  # only now: a request that is refused leaves the run folder as it was
     limits.remember(work, asked)
     if num > 1:
-        code = run_ranks(num, request.replace(auto_ranks=nproc is None), max_restarts)
+        code = run_ranks(num, request, max_restarts)
         return code or perform.finish(work)
     session.execute(work)
     return perform.finish(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import sys
 import time
@@ -29,16 +28,14 @@ from ltdd_scale.stage import Division, Facts, function
 class How:
     """How work is done, not what: nothing here changes a result.
 
-    `part` (k, n): only the k-th of n shares of the targets. `auto_ranks`: nobody asked for this
-    number of ranks, so ranks without work are idle and not an error. `facts()` tells what is known
-    of the real set once its shards are written.
+    `part` (k, n): only the k-th of n shares of the targets. `facts()` tells what is known of the
+    real set once its shards are written.
     """
 
     facts: Callable[[], Facts]
     workers: int = 4
     checkpoint_seconds: float = 60.0
     quiet: bool = False
-    auto_ranks: bool = True
     part: tuple[int, int] | None = None
     location: Any = None
 
@@ -58,9 +55,6 @@ def bring_up_to_date(
         raise files.explain(error, folder) from error
     work = _Work(nodes, folder, targets, ranks, how)
     pending = work.left()
-    if all(nodes[n].stage.division is Division.CHUNKS for n in pending):
-        for name in pending:
-            work.refuse_idle_ranks(nodes[name])
     for names in batches(nodes, pending):
         if nodes[names[0]].stage.division is Division.UNITS:
             work.deal(names)
@@ -105,35 +99,17 @@ class _Work:
                 store.tidy(folders[name])  # one may have died just after it was sealed
         return needed(self.nodes, self.targets, set(self.ranks.broadcast(missing)))
 
-    def refuse_idle_ranks(self, node: Node) -> None:
-        """Raise `UserError` for more ranks than pieces of the stage that they were asked for. Where
-        other stages come before or after, it is only said: those may use all ranks."""
-        if not self.how.auto_ranks and (idle := self._idle(node)):
-            too_many, pieces, advice = idle
-            hint = f", or {advice}" if advice else ""
-            raise UserError(f"{too_many}: use --nproc {pieces}{hint}")
-
-    def _idle(self, node: Node) -> tuple[str, int, str] | None:
-        """Of a stage with fewer pieces than ranks, in all parts: what to say, its pieces, and what
-        would give more. None where each rank has one, or where it is not known yet."""
+    def idle(self, node: Node) -> str:
+        """What to say where the ranks of all parts are more than the stage's pieces."""
         parts = self.how.part[1] if self.how.part and node.name in self.targets else 1
         world_size = self.ranks.world_size * parts
         if world_size == 1 or not node.stage.pieces:
-            return None
-        try:
-            facts = self.how.facts()
-        except UserError:
-            return None  # there are no shards yet
-        pieces = self._pieces(node, facts)
+            return ""
+        pieces = function(node.stage.pieces)(node.settings, self.how.facts())
         if world_size <= pieces:
-            return None
-        module = importlib.import_module(node.stage.pieces.partition(":")[0])
-        more = getattr(module, "more_pieces", None)
-        text = f"{node.name} has {pieces} chunk{'s' * (pieces > 1)} for {world_size} ranks"
-        return text, pieces, more(node.settings, facts, world_size) if more else ""
-
-    def _pieces(self, node: Node, facts: Facts) -> int:
-        return function(node.stage.pieces)(node.settings, facts)
+            return ""
+        chunks = f"{pieces} chunk{'s' * (pieces > 1)}"
+        return f"{node.name} has {chunks} for {world_size} ranks: the others have nothing to do"
 
     def together(self, node: Node) -> None:
         """A stage on all ranks."""
@@ -143,10 +119,8 @@ class _Work:
             raise signals.Preempted(f"request before {node.name}")
         begin = time.monotonic()
         self.say(f"{node.name} …")
-        if node.stage.division is Division.CHUNKS and (idle := self._idle(node)):
-            too_many, _, advice = idle
-            hint = f" ({advice} would use them)" if advice else ""
-            self.say(f"{too_many}: the others have nothing to do{hint}")
+        if idle := self.idle(node):
+            self.say(idle)
         self.execute(node, self.ranks, part)
         self.say(f"{node.name}: done in {duration(time.monotonic() - begin)}")
 

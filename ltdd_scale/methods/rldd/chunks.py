@@ -6,6 +6,8 @@ is in a chunk depends on the settings alone: the same bytes on any number of ran
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from ltdd_scale.stage import Facts
 
-FEWEST = 10  # classes of a chunk, unless the settings say another number
+FEW = 10  # classes of a chunk, where no more fit with all their images
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,28 @@ def chunks(num_classes: int, ipc: int, batch_size: int, chunk_classes: int = 0) 
 
     Chunk g of G takes classes g, g + G, …: the long tail, thinned, in every batch.
     `chunk_classes`: classes of a chunk, at most; 0: as many as fit with all their images, or ten
-    where these are fewer. So a chunk's images of a class say something about the class, and the
-    whole chunk about all classes.
+    where less than ten fit. So a chunk's images of a class say something about the class, and the
+    whole chunk about all classes. Groups are about equally large: 11 classes are 6 and 5.
     """
-    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
+    number, each = _numbers(num_classes, ipc, batch_size, chunk_classes)
+    bounds = [ipc * k // each for k in range(each + 1)]
     out: list[Chunk] = []
     for g in range(number):
-        for first in range(0, ipc, images):
-            classes = tuple(range(g, num_classes, number))
-            out.append(Chunk(len(out), classes, first, min(first + images, ipc)))
+        classes = tuple(range(g, num_classes, number))
+        for first, last in itertools.pairwise(bounds):
+            out.append(Chunk(len(out), classes, first, last))
     return out
 
 
-def _sizes(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> tuple[int, int]:
-    """Groups of classes, and the images of a class that one chunk has, at most: as many as fit, but
-    about the same in all chunks of a group. One image left over would be a chunk that costs as many
-    steps as a full one, and is too small for statistics."""
-    wanted = chunk_classes or max(FEWEST, batch_size // ipc)
+def _numbers(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> tuple[int, int]:
+    """Groups of classes, and the chunks of a group: as few as hold its images. These are shared out
+    evenly: one image left over would be a chunk that costs as many steps as a full one, and is too
+    small for statistics."""
+    wanted = chunk_classes or max(FEW, batch_size // ipc)
     per_chunk = min(wanted, num_classes, batch_size)
     groups = -(-num_classes // per_chunk)
     fit = max(1, batch_size // -(-num_classes // groups))
-    return groups, -(-ipc // -(-ipc // fit))
+    return groups, -(-ipc // fit)
 
 
 def groups(
@@ -64,27 +67,12 @@ def groups(
 ) -> tuple[list[range], int]:
     """The classes of each group, and how many chunks a group has: `chunks` without a list of all
     of them, which may be long."""
-    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
-    return [range(g, num_classes, number) for g in range(number)], -(-ipc // images)
-
-
-def _count(num_classes: int, ipc: int, batch_size: int, chunk_classes: int) -> int:
-    number, images = _sizes(num_classes, ipc, batch_size, chunk_classes)
-    return number * -(-ipc // images)
+    number, each = _numbers(num_classes, ipc, batch_size, chunk_classes)
+    return [range(g, num_classes, number) for g in range(number)], each
 
 
 def pieces(settings: Any, facts: Facts) -> int:
     """The number of chunks: more ranks than these have nothing to do."""
     recover = settings.recover
-    return _count(facts.num_classes, settings.ipc, recover.batch_size, recover.chunk_classes)
-
-
-def more_pieces(settings: Any, facts: Facts, world_size: int) -> str:
-    """Which setting gives `world_size` ranks a chunk each; empty where none does."""
-    recover, classes = settings.recover, facts.num_classes
-    size = max(1, recover.batch_size * pieces(settings, facts) // world_size)
-    while size > 1 and _count(classes, settings.ipc, size, recover.chunk_classes) < world_size:
-        size -= 1
-    if _count(classes, settings.ipc, size, recover.chunk_classes) < world_size:
-        return ""
-    return f"smaller chunks with --set recover.batch_size={size}"
+    own = facts.num_classes, settings.ipc, recover.batch_size, recover.chunk_classes
+    return math.prod(_numbers(*own))

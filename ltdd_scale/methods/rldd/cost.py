@@ -76,6 +76,7 @@ def recover(settings: Any, facts: Facts) -> Cost:
     teacher = _measure(settings.teacher, seen.resolution) if own.needs_teacher else None
     nets = [observer, *([teacher] if teacher and own.teacher_ce else [])]
     small = facts.num_classes * settings.ipc
+    groups, each = chunks.groups(facts.num_classes, settings.ipc, own.batch_size, own.chunk_classes)
     batch = min(own.batch_size, small)
     moments = _moments(settings.observer, seen.resolution, settings.conv_inputs, facts)
     added = _matching(settings, facts) if own.matching else Cost()
@@ -89,7 +90,7 @@ def recover(settings: Any, facts: Facts) -> Cost:
         + again * small * observer.flops
         + added.flops,
         decodes=added.decodes,
-        steps=own.iterations * -(-small // batch),
+        steps=own.iterations * len(groups) * each,
         memory=sum(_weights(m, facts) for m in (observer, teacher) if m)
         + 2 * moments
         + added.memory,

@@ -255,7 +255,7 @@ def load(settings: Given, context: Context, split: ShardSplit, mine: Sequence[Ch
     observer, teacher = frozen.load(calibrated / "observer.pt", ranks), None
     if recover.needs_teacher:
         teacher = frozen.load(context.input("teacher") / "weights.pt", ranks)
-        if frozen.same(observer, teacher):  # one training, and calibrate.recalibrate=false
+        if frozen.same(observer, teacher):  # one training, buffers left alone
             teacher = observer
     statistics = tensors.load(calibrated / "statistics.pt")
     layers: dict[str, nn.Module] = dict(registry.norm_layers(observer.model))

@@ -105,7 +105,7 @@ class Recover(Settings):
     chunk_classes: Whole = option(
         0,
         "classes a chunk, at most, taken at a stride so that head and tail meet; 0: as many as fit "
-        "with all their images, or ten where these are fewer",
+        "with all their images, or ten where less than ten fit",
         low=0,
     )
     lr: Number = option(
