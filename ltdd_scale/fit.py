@@ -24,7 +24,7 @@ from ltdd_scale.judging.training import Setup, train
 from ltdd_scale.labels.catalog import HARD, KINDS, Kind
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.views import view_spec
-from ltdd_scale.models import frozen
+from ltdd_scale.models import frozen, registry
 from ltdd_scale.publish.set import TEACHER, find_teacher
 from ltdd_scale.results import SOFTMAX
 from ltdd_scale.runtime import files, ranks
@@ -120,6 +120,7 @@ def fit(
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs {epochs}: at least 1")
     net = net or told.net
+    registry.check(net, told.width, told.norm, told.resolution)
     setup = load(distilled, told, peers, epochs or told.epochs, f"{net} seed {seed}", seed, labels)
     recipe = frozen.recipe(net, told.width, told.norm, told.resolution, len(told.classes))
     student = peers.to_device(build(recipe, setup.key))

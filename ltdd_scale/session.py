@@ -14,6 +14,7 @@ from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.data.settings import Chosen, Location
 from ltdd_scale.errors import UserError
+from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.stage import labellers
 from ltdd_scale.pipeline import graph, store
 from ltdd_scale.pipeline.graph import Node
@@ -62,7 +63,7 @@ class Session:
 
     def material(self) -> Material:
         """What the report is written from."""
-        roles = recipe.roles(self.config)
+        roles, taught = recipe.roles(self.config), KINDS[self.config.relabel.labels].teacher
         names = {
             "shard": recipe.SHARD,
             "distilled": roles.distilled,
@@ -70,7 +71,7 @@ class Session:
             "labels": roles.labels,
             "kept": roles.chosen,
             "kept_labels": roles.chosen_labels,
-            **{role: role if role in self.nodes else "" for role in labellers(self.config)},
+            **{role: role if taught else "" for role in labellers(self.config)},
             "zca": "whiten" if "whiten" in self.nodes else "",
             "verdict": recipe.VERDICT,
             "grouping": "grouping" if "grouping" in self.nodes else "",

@@ -289,6 +289,13 @@ def test_a_shared_network_is_judged_by_the_recipe_it_was_trained_by():
         assert settings_of(verdict, config).recipe == trained
 
 
+def test_an_expert_from_elsewhere_stands_in_for_no_plain_network():
+    for at in ("observer", "teacher"):
+        with pytest.raises(UserError, match="how an expert from elsewhere was trained"):
+            check(Config(**{at: {"weights": "w.pt"}}, evaluate={"plain": "expert"}))
+    check(Config(observer={"weights": "w.pt"}, teacher={"weights": "own"}))
+
+
 @pytest.mark.parametrize(
     "sections, said",
     [

@@ -12,10 +12,12 @@ from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging import choice, choose, lengths
 from ltdd_scale.judging.saved import Saved
+from ltdd_scale.launch import perform
 from ltdd_scale.publish import kept
 from ltdd_scale.publish.encode import decode
 from ltdd_scale.publish.kept import CALLED
 from ltdd_scale.publish.opened import Opened
+from ltdd_scale.runtime import files
 
 HELD = {"data": {"val_per_class": 5}}
 
@@ -60,6 +62,26 @@ def test_what_is_ahead_of_the_methods_own_is_kept_for_each_kind_of_label():
     why = kept.reason({**found["online"], "epochs": 20})
     assert why.endswith("each). What is above the kept ones is so within the noise.")
     assert kept.reason({**found["single"], "epochs": 20}).endswith("each).")
+
+
+def test_a_noisy_set_does_not_hide_another_that_is_ahead():
+    steady = rows(hard={"distilled": 40.0, "initial": 44.0})
+    noisy = [{**row, "set": "random"} for row in rows(hard={"x": 44.5})]
+    for row, far in zip(noisy, (-9, 9), strict=True):
+        row["balanced"] += far
+    found = choice.table([*steady, *noisy], ["hard"])
+    assert found["hard"]["set"] == "initial", "random real images are ahead within their noise"
+
+
+def test_shards_without_validation_images_are_refused_before_anything_starts(tmp_path):
+    files.write_json(tmp_path / "manifest.json", {"splits": {"train": {}, "test": {}}})
+    data = {"source": "shards", "path": str(tmp_path)}
+    asked = {"choose": {"how": "always"}, "evaluate": {"split": "val"}}
+    with pytest.raises(UserError, match=r"evaluate\.split=val and choose\.how=always asks for"):
+        perform.check_held_out(Config(data=data, **asked))
+    perform.check_held_out(Config(data=data))
+    files.write_json(tmp_path / "manifest.json", {"splits": {"train": {}, "val": {}}})
+    perform.check_held_out(Config(data=data, **asked))
 
 
 def test_one_student_is_taken_at_its_word():

@@ -297,6 +297,14 @@ def run_student(config, which: str, house, out, name="", labels=None):
     return settings, facts, files.read_json(out / "result.json")
 
 
+def test_an_image_that_an_epoch_leaves_alone_joins_the_step_before(house, tmp_path):
+    """Twenty images in steps of 19: BatchNorm learns nothing of one image whose maps are one
+    pixel."""
+    config = config_of(nets=["resnet18_cifar"], batch_size=19, epochs=1)
+    _, _, result = run_student(config, "distilled", house, tmp_path)
+    assert np.isfinite(result["loss"]).all()
+
+
 def test_a_student_of_each_set(house, tmp_path):
     config = config_of(full_epochs=2, plain="own", plain_epochs=2, matrix=True)
     for which in ("distilled", "initial", "random", "full", "plain"):
@@ -697,6 +705,8 @@ def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
         fit.run(folder, None, None, 0, None, None)
     with pytest.raises(UserError, match="--epochs 0"):
         fit.run(folder, None, 0, 0, None, None)
+    with pytest.raises(UserError, match="vgg11_cifar"):  # five times halved, eight pixels are none
+        fit.run(folder, "vgg11_cifar", None, 0, None, None)
     told = files.read_json(folder / "set.json")
     was = fit.describe(folder).training
     for name in fit.BEFORE:  # a set from before there were these

@@ -315,3 +315,19 @@ def test_the_average_follows():
         and torch.allclose(a.running_mean, torch.full((3,), 0.5))
         and int(a.num_batches_tracked) == 7
     )
+
+
+@pytest.mark.parametrize(
+    ("net", "norm", "size", "able"),
+    [("resnet18_cifar", "batch", 8, False), ("resnet18_cifar", "batch", 16, True), ("convnet3", "batch", 8, True), ("convnet3", "instance", 8, True)],
+)  # fmt: skip
+def test_a_batch_of_one_image_does_not_train_batchnorm_on_maps_of_one_pixel(net, norm, size, able):
+    network = registry.Student(registry.backbone(net, 4, norm, size), 10)
+    before = torch.get_rng_state()
+    assert registry.trains_on_one(network, size) is able
+    assert torch.equal(before, torch.get_rng_state()) and network.training
+    if able:
+        assert network(torch.zeros(1, 3, size, size)).shape == (1, 10)
+    else:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            network(torch.zeros(1, 3, size, size))

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ltdd_scale import recipe
 from ltdd_scale.config import load
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.data.images import MemoryImages
@@ -702,6 +703,12 @@ def test_every_network_can_be_adjusted():
     assert found[own]["num_seeds"] == 1, "the same with every seed, so judged once"
     assert found[None, "teacher, logit-adjusted", None]["num_seeds"] == 1
     assert found[None, "whole set, same labels, logit-adjusted", None]["num_seeds"] == 2
+
+
+def test_a_plain_network_that_is_trained_all_the_same_needs_no_expert():
+    asked = {"relabel": {"labels": "hard"}, "evaluate": {"plain": "expert"}}
+    config = Config(method="gm", protocol="two_stage", **asked)
+    assert recipe.experts(config) == ()
 
 
 def test_the_plain_network_is_trained_whatever_it_costs(tmp_path):

@@ -18,6 +18,7 @@ from ltdd_scale.experts.settings import (
     Teacher,
     Train,
     idle,
+    is_brought,
     is_observer,
     trains_teacher,
 )
@@ -85,6 +86,11 @@ def check(config: Any) -> list[str]:
     choose.check(config)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
+    if config.evaluate.plain == "expert" and is_brought(config):
+        raise UserError(
+            "evaluate.plain=expert: how an expert from elsewhere was trained is not known, so none "
+            "stands in for the plain network; set own or none"
+        )
     if not config.evaluate.nets:
         raise UserError("evaluate.nets: name at least one network, such as [convnet3]")
     warnings += METHODS[config.method].check(config)

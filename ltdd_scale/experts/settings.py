@@ -142,6 +142,12 @@ def trains_teacher(config: Any) -> bool:
     return config.teacher.weights in ("", OWN) and not is_observer(config)
 
 
+def is_brought(config: Any) -> bool:
+    """Whether the expert that labels is from elsewhere: how it was trained is not known."""
+    expert = config.observer if is_observer(config) else config.teacher
+    return expert.weights not in ("", OWN)
+
+
 class Architecture(Settings):
     """The network of an expert: what weights from elsewhere must fit."""
 
@@ -166,6 +172,15 @@ class Head(Settings):
         SGD's, which are a hundred times as large."""
         said = self if self.optimizer == "adamw" else Expert()
         return said.lr, said.weight_decay
+
+
+class Balanced(Settings):
+    """What the logits of the recipe "balanced" have of the classes' frequencies."""
+
+    prior: Number
+    sample_power: Number
+    paste_power: Number
+    cutmix: Number
 
 
 class Weights(Settings):

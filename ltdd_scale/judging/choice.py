@@ -28,14 +28,15 @@ Tried = Mapping[str, Mapping[str, Any]]
 
 
 def best(tried: Tried) -> str:
-    """The method's own set, or the one with the highest mean where that is ahead by more than
-    the noise: two standard errors of the difference of means. Of one seed all is taken at its
-    word."""
-    first = max(tried, key=lambda which: tried[which][NUMBER])
-    if OWN not in tried:
-        return first
-    ahead, errors = tried[first][NUMBER] - tried[OWN][NUMBER], _errors(tried, first)
-    return first if ahead > 2 * errors else OWN
+    """The method's own set; or, of those that are ahead of it by more than the noise, the one with
+    the highest mean. The noise is two standard errors of the difference of means. Of one seed all
+    is taken at its word."""
+    ahead = [which for which in tried if OWN not in tried or _is_ahead(tried, which)]
+    return max(ahead, key=lambda which: tried[which][NUMBER], default=OWN)
+
+
+def _is_ahead(tried: Tried, which: str) -> bool:
+    return tried[which][NUMBER] - tried[OWN][NUMBER] > 2 * _errors(tried, which)
 
 
 def _errors(tried: Tried, which: str) -> float:

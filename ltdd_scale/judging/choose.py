@@ -103,7 +103,7 @@ def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
     choice = Stage(
         name=CHOOSE,
         kind="choose",
-        version=3,  # 3: the method's own within the noise
+        version=4,  # 4: a noisy set does not hide another that is ahead
         run="ltdd_scale.judging.choice:run",
         reads={**places("seed", "ipc"), **seen(config)},
         given={"kinds": kinds(config)},

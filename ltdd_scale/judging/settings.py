@@ -80,8 +80,9 @@ class Evaluate(Training):
     plain: Literal["auto", "own", "expert", "none"] = option(
         "auto",
         "the plain network on the whole set, with and without logit adjustment; own: trained "
-        "here, once; expert: the teacher's plain head stands in; auto: own, where it costs at most "
-        "a tenth of the run; protocol=two_stage trains it for each seed, with auto and expert too",
+        "here, once; expert: the teacher's plain head stands in, where it was trained here; auto: "
+        "own, where it costs at most a tenth of the run, else expert, or none where that is from "
+        "elsewhere; protocol=two_stage trains it for each seed, with auto and expert too",
     )
     plain_epochs: Whole = option(60, "epochs of the plain network", low=1)
     matrix: Switch = option(

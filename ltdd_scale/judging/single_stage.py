@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltdd_scale.data.stage import real, seen
-from ltdd_scale.experts.settings import is_observer
+from ltdd_scale.experts.settings import Balanced, is_observer
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, SINGLE, baseline
@@ -75,8 +75,13 @@ def plain(config: Any, num_seeds: int) -> list[tuple[Student, int]]:
 
 
 def needs_teacher(config: Any) -> bool:
+    return config.evaluate.plain == "expert" or has_taught(config)
+
+
+def has_taught(config: Any) -> bool:
+    """Whether any student has labels of a teacher."""
     kinds = {labels for _, labels in cells(config, Roles("distilled", "initial"))}
-    return config.evaluate.plain == "expert" or any(KINDS[k].teacher for k in kinds)
+    return any(KINDS[k].teacher for k in kinds)
 
 
 def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
@@ -174,7 +179,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
     return Stage(
         name="evaluate",
         kind="evaluate",
-        version=6,
+        version=7,  # 7: of a teacher that saw re-sampled images
         run="ltdd_scale.judging.verdict:run",
         reads={
             **places("seed", "relabel.labels", "evaluate.split", "evaluate.matrix"),
@@ -184,7 +189,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
             "label_epochs": "relabel.epochs",
             # What the teacher would say, had it not been balanced.
             **(
-                places(f"{trained}.recipe", f"{trained}.prior")
+                {"trained": Section(trained, Balanced), **places(f"{trained}.recipe")}
                 if settings.plain == "expert"
                 else {}
             ),

@@ -67,7 +67,10 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     num_classes = part.num_classes if part else len(split.classes)
     recipe = frozen.recipe(who.net, *shape, num_classes)
     network = build(recipe, setup.key)
-    if part and registry.norm_layers(network):  # they have nothing to learn from one image
+    # BatchNorm has little to learn from one image, and nothing where its maps are one pixel. Only
+    # there a student of all classes takes it along: elsewhere it would change published numbers.
+    small = not registry.trains_on_one(network, settings.images.resolution)
+    if small or (part and registry.norm_layers(network)):
         setup = dataclasses.replace(setup, joins=True)
     average, history = train(setup, ranks.to_device(network), context)
     if not math.isfinite(history[-1]):

@@ -64,7 +64,7 @@ def needs_teacher(config: Any) -> bool:
     kinds = {_labels(TRAINED[name], config) for name in asked if name in TRAINED}
     return (
         config.two_stage.network == "teacher"
-        or single_stage.needs_teacher(config)
+        or single_stage.has_taught(config)
         or any(KINDS[kind].teacher for kind in kinds)
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ltdd_scale.data.images import Images
 from ltdd_scale.data.loader import open_images, prepare
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.experts import recipes
 from ltdd_scale.judging import choice, ladder, pairs
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
 from ltdd_scale.judging.saved import Saved, save_arrays
@@ -188,21 +189,24 @@ def _test(settings: Any, context: Context) -> _Test:
 
 
 def _stand_in(teacher: frozen.Frozen, settings: Any, test: _Test) -> list[Row]:
-    """The teacher as a plain network: by its plain head, or with the prior put back that training
-    took out of its logits. With all of the prior out of them, the adjusted network is the teacher
-    itself, and has no row of its own."""
-    net, title = teacher.recipe["net"], "teacher's plain head"
-    counts, tau = test.train_counts, 0.0
-    network = teacher.plain_logits
+    """The teacher as a plain network: by its plain head; or, of the recipe "balanced", with the
+    prior put back that training took out of its logits. With all of the prior out of them, the
+    adjusted network is the teacher itself, and has no row of its own."""
+    net, counts = teacher.recipe["net"], test.train_counts
     if settings.recipe == "balanced":
-        title, tau, network = "teacher, prior put back", settings.prior, teacher.logits
-    _, logits = test.judge(network)
-    plain = metrics(logit_adjusted(logits, counts, -tau), test.labels, test.groups)
-    out = [{"title": title, "net": net, **mean_of([plain])}]
-    if tau != 1:
-        found = metrics(logit_adjusted(logits, counts, 1 - tau), test.labels, test.groups)
-        out.append({"title": f"{title}, logit-adjusted", "net": net, **mean_of([found])})
-    return out
+        title, own = "teacher, prior put back", settings.trained
+        _, logits = test.judge(teacher.logits)
+        # What is left in them is of the images that training showed.
+        shown = recipes.prior(counts, (own.sample_power, own.paste_power), own.cutmix)
+        adjusted, itself = logit_adjusted(logits, shown, 1 - own.prior), own.prior == 1
+        plain = logit_adjusted(adjusted, counts, -1)
+    else:
+        title, itself = "teacher's plain head", False
+        _, plain = test.judge(teacher.plain_logits)
+        adjusted = logit_adjusted(plain, counts)
+    named = {title: plain, **({} if itself else {f"{title}, logit-adjusted": adjusted})}
+    numbers = {name: metrics(z, test.labels, test.groups) for name, z in named.items()}
+    return [{"title": name, "net": net, **mean_of([found])} for name, found in numbers.items()]
 
 
 def _labelled(settings: Any, rows: list[Row]) -> bool:

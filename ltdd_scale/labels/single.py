@@ -75,7 +75,7 @@ def make(maker: Maker, folder: Path, context: Any) -> dict[str, Any]:
     table, tau = _table(maker)
     if maker.ranks.is_main:
         distilled.save(folder / FILE, table.cpu().numpy())
-    return {"tau": tau}
+    return {"tau": tau, "class_share": maker.relabel.class_share}
 
 
 def load(folder: Path, facts: dict[str, Any], maker: Maker) -> Single:

@@ -62,7 +62,7 @@ def make(maker: Maker, folder: Path, context: Any) -> dict[str, Any]:
             for part in sorted(packed):  # classes first: the values say that the epoch is done
                 distilled.save(_file(folder, epoch, part), packed[part])
         progress.update(k + 1)
-    return {"epochs": epochs, "tau": tau}
+    return {"epochs": epochs, "tau": tau, "class_share": maker.relabel.class_share}
 
 
 def load(folder: Path, facts: dict[str, Any], maker: Maker) -> Stored:

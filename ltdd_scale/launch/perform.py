@@ -14,7 +14,7 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import backend, digest, shards, sources
 from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import OBSERVER, OWN, TORCHVISION
+from ltdd_scale.experts.settings import OBSERVER, OWN, TORCHVISION, is_brought
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.launch.guard import guarded
@@ -88,6 +88,8 @@ def resolve(
             source, absent = f"not here: {where}", True
         else:
             raise
+    if not absent and _is_there(config.data):
+        check_held_out(config)
     if read is not None and not absent:
         read[where] = source
     if config.evaluate.plain == "auto":
@@ -97,6 +99,21 @@ def resolve(
     return Resolved(config, source, asked, absent)
 
 
+def check_held_out(config: Any) -> None:
+    """Raise `UserError` for shards without the validation images that the config asks for. What
+    other sources hold out, the config says itself."""
+    asked = {"evaluate.split": "val", "choose.how": "always"}
+    wanted = [f"{at}={v}" for at, v in asked.items() if look_up(config, at) == v]
+    folder = Path(config.data.path)
+    if config.data.source != "shards" or not wanted:
+        return
+    if "val" not in files.read_json(folder / "manifest.json")["splits"]:
+        raise UserError(
+            f"{folder} has no validation images, which {' and '.join(wanted)} asks for: shard the "
+            "set again with data.val_fraction or data.val_per_class"
+        )
+
+
 def _is_there(data: Any) -> bool:
     """Whether there is something at the place of the images: an error is of what is in it then."""
     return bool(data.path) and Path(data.path).exists()
@@ -104,7 +121,8 @@ def _is_there(data: Any) -> bool:
 
 def plain_network(config: Any, source: str, absent: bool = False) -> str:
     """ "own" where the plain network is cheap beside the run, where no expert could stand in, or
-    where the protocol trains it whatever it costs.
+    where the protocol trains it whatever it costs. "none" where the expert is from elsewhere: how
+    it was trained is not known.
 
     `absent`: the images are not here, and what the config expects of them has to do.
     """
@@ -119,7 +137,9 @@ def plain_network(config: Any, source: str, absent: bool = False) -> str:
         if node.stage.cost
     }
     plain = sum(cost for name, cost in costs.items() if name.startswith("student/plain-"))
-    return "own" if plain <= SHARE * sum(costs.values()) else "expert"
+    if plain <= SHARE * sum(costs.values()):
+        return "own"
+    return "none" if is_brought(own) else "expert"
 
 
 def make_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -309,6 +310,17 @@ def seeded(build: Callable[[], M], *key: int | str) -> M:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(*key))
         return build()
+
+
+def trains_on_one(network: nn.Module, resolution: int) -> bool:
+    """Whether a batch of one image trains `network`. BatchNorm has nothing to learn from one value
+    a channel: one image, where maps have shrunk to one pixel. Nothing is computed."""
+    shapes = copy.deepcopy(network).to("meta").train()
+    try:
+        shapes(torch.empty(1, 3, resolution, resolution, device="meta"))
+    except ValueError:
+        return False
+    return True
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -230,7 +230,9 @@ class _Page:
         return np.stack(found).transpose(0, 3, 1, 2)
 
     def _work(self) -> list[Block]:
-        losses = self.drawing("losses") or [Note("No losses were kept.")]
+        losses: list[Block] = self.drawing("losses")
+        if not losses and self.material.config["publish"]["pictures"]:
+            losses = [Note("No losses were kept.")]
         software = files.read_json(self.material.folder("verdict") / "stage.json")["software"]
         table = Table("Stages, what they took and made", self._stages())
         return [
