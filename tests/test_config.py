@@ -119,6 +119,18 @@ def test_what_is_not_said_of_the_teacher_is_as_the_observers(tmp_path):
     assert is_observer(brought) and brought.teacher.weights == ""
 
 
+def test_the_random_shift_is_an_eighth_of_the_image_where_nothing_is_said(tmp_path):
+    path = write(tmp_path, "data: {resolution: 64}\nobserver: {net: resnet32}\n")
+    c = load.load(path)
+    assert (c.observer.crop_padding, c.teacher.crop_padding) == (8, 8) and check(c) == []
+    assert load.load(path, ["data.resolution=16"]).observer.crop_padding == 2
+    assert load.load(path, ["observer.crop_padding=3"]).teacher.crop_padding == 3
+    own = load.load(path, ["teacher.crop_padding=3"])
+    assert (own.observer.crop_padding, own.teacher.crop_padding) == (8, 3)
+    # What nobody said is not said to do nothing.
+    assert check(load.load(path, ["observer.crop_scale=[0.5,1.0]"])) == []
+
+
 def test_settings_without_effect_are_said(tmp_path):
     c = load.load(write(tmp_path, "teacher: {net: resnet32, width: 64}\nrelabel: {topk: 5}\n"))
     said = " ".join(check(c))

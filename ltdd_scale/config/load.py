@@ -10,7 +10,7 @@ import yaml
 
 from ltdd_scale.config.root import Config, check
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Brought, Expert
+from ltdd_scale.experts.settings import Brought, Expert, usual_padding
 from ltdd_scale.settings import lay_over, parse
 
 # Settings that have another name now: whoever has an old config is told the new one.
@@ -25,17 +25,21 @@ MOVED = {
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Any:
     """The config in `path` with ``a.b=c`` settings laid over it. What none of them says of the
-    teacher is as the observer's.
+    teacher is as the observer's, and the experts' random shift is as large as the images ask for.
 
     Raises `UserError` naming the key of whatever is unknown, of the wrong type or out of range.
     """
     path = Path(path)
     values = _said(Config())
-    for layer in [*_read_yaml(path), *map(_nested, sets)]:
+    layers = [*_read_yaml(path), *map(_nested, sets)]
+    for layer in layers:
         _refuse_moved(layer)
         values = lay_over(values, layer, Config)
     values["name"] = values["name"] or path.stem
     config = _filled(values)
+    if not any("crop_padding" in (layer.get("observer") or {}) for layer in layers):
+        padding = usual_padding(config.data.resolution)
+        config = changed(config, {"observer.crop_padding": padding})
     check(config)
     return config
 

@@ -21,6 +21,7 @@ from ltdd_scale.experts.settings import (
     is_brought,
     is_observer,
     trains_teacher,
+    usual_padding,
 )
 from ltdd_scale.experts.trajectories.settings import Classifier, Trajectories, without_effect
 from ltdd_scale.judging import choose
@@ -109,7 +110,8 @@ def check(config: Any) -> list[str]:
 
 def _check_expert(role: str, config: Any, warnings: list[str]) -> None:
     expert, observer = getattr(config, role), config.observer
-    unsaid = Expert() if role == "observer" else observer
+    usual = Expert(crop_padding=usual_padding(config.data.resolution))
+    unsaid = usual if role == "observer" else observer
     given = [n for n in Expert.model_fields if getattr(expert, n) != getattr(unsaid, n)]
     if role == "observer":
         given = [n for n in given if not _taken_over(n, config)]

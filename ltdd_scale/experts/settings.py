@@ -60,7 +60,10 @@ class Expert(Settings):
     )
     crop_scale: Areas = option([], "area range of RandomResizedCrop; empty: none")
     crop_padding: Whole = option(
-        4, "border in pixels of the random shift, where crop_scale is empty", low=0
+        4,
+        "border in pixels of the random shift, where crop_scale is empty; where nothing is said, "
+        "an eighth of data.resolution: 4 at 32 px",
+        low=0,
     )
     randaugment: Whole = option(0, "RandAugment operations an image", low=0)
     magnitude: Whole = option(9, "RandAugment magnitude of 30", low=0, high=30)
@@ -108,6 +111,11 @@ class Teacher(Role):
         "training gives both; own: the teacher is trained; empty: it is the observer where its "
         "training would be the same, else it is trained",
     )
+
+
+def usual_padding(resolution: int) -> int:
+    """The experts' `crop_padding` where nothing is said: the 4 pixels of the field at 32."""
+    return resolution // 8
 
 
 # Settings that one recipe reads and the other does not.
