@@ -19,7 +19,7 @@ from ltdd_scale.launch.jobs import Job, Point
 from ltdd_scale.launch.parts import PARTS, part_of
 from ltdd_scale.launch.profile import Profile
 from ltdd_scale.pipeline import graph
-from ltdd_scale.stage import Cost, Division, Resources, Stage
+from ltdd_scale.stage import Cost, Division, Facts, Resources, Stage
 
 CONFIGS = ROOT / "configs"
 PUBLISHED = sorted((CONFIGS / "published").glob("*.yaml"))
@@ -258,7 +258,18 @@ def test_chunks_and_students_are_dealt():
     assert estimate.of_many([], 8) == estimate.Taken()
 
 
-def test_devices_are_known_and_this_one_is_measured():
+def test_a_student_that_makes_its_own_labels_pays_for_them():
+    """Stored ones, of random real images and of a trial: a pass of the teacher each epoch."""
+    text = ["evaluate.epochs=40", "relabel.labels=stored", "choose.how=always", "data.path=x"]
+    config = load.load(CONFIGS / "quickstart.yaml", [*text, "evaluate.matrix=false"])
+    nodes, facts = graph.build(recipe.stages(config, "x"), config), Facts((5,) * 10, 30)
+    names = [f"{at}-stored-convnet3-s0" for at in ("student/distilled", "student/random")]
+    made, own = (estimate.limits.costs([nodes[n]], facts)[n] for n in names)
+    assert own.flops == pytest.approx(made.flops * (3 + 1) / 3) and own.steps == made.steps == 40
+    trial = "trial/distilled-stored-convnet3-s0"
+    short = estimate.limits.costs([nodes[trial]], facts)[trial]
+    assert short.flops / short.steps > 1.2 * made.flops / made.steps
+
     assert devices.of(Profile(), local=False).name == "a100"
     assert devices.of(Profile(device="v100"), local=True).flops == 1200 * devices.RESNET50
     own = devices.of(Profile(device="h100", tflops=5), local=False)

@@ -305,7 +305,7 @@ def test_units():
     ]
     passes = [c.flops / flops.forward("convnet3", 128, "instance", 8) for c in costs]
     # Five epochs of 6 images, 2 of them in a group; the teacher labels all before.
-    assert passes == pytest.approx([5 * 6 * 3, 5 * 2 * 3 + 6])
+    assert passes == pytest.approx([5 * 6 * 3 + 6, 5 * 2 * 3 + 6])
     views = config.model_copy(update={"relabel": config.relabel.model_copy(update={"views": 3})})
     more = cost.student(settings_of(found[part.name], views), facts).flops - costs[1].flops
     assert more == pytest.approx(2 * 6 * flops.forward("convnet3", 128, "instance", 8))

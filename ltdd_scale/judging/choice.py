@@ -21,6 +21,7 @@ from ltdd_scale.runtime.context import Context
 FILE = "choice.json"
 CALLED = {"distilled": "distilled", "initial": "initial", "random": "random real"}
 OWN = "distilled"  # the method's own
+TOGETHER = 4096  # random real images that are held at a time: a set may be larger than memory
 NUMBER = "balanced"  # what is best is best by: the mean over classes
 
 # The numbers of the tried sets: set → what `_means` gives.
@@ -121,13 +122,16 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
 
 def _put_random(split: ShardSplit, settings: Any, context: Context) -> None:
     """The random real images that the student of the config's seed has."""
-    drawn = chosen.random_real(split.labels, len(split.classes), settings.ipc, settings.seed)
-    pixels = some_images(split, drawn, settings.images, context.ranks.device, context.workers)
-    names = split.names
-    for label in range(len(split.classes)):
-        at = slice(label * settings.ipc, (label + 1) * settings.ipc)
-        rows = [{"image": int(i), "source": names[i]} for i in drawn[at]]
-        distilled.write_class(context.out, label, pixels[at], rows)
+    ipc, num_classes, names = settings.ipc, len(split.classes), split.names
+    drawn = chosen.random_real(split.labels, num_classes, ipc, settings.seed)
+    how = settings.images, context.ranks.device, context.workers
+    for first in range(0, num_classes, step := max(1, TOGETHER // ipc)):
+        block = drawn[first * ipc : (first + step) * ipc].reshape(-1, ipc)
+        pixels = some_images(split, block.flatten(), *how)
+        for k, members in enumerate(block):
+            rows = [{"image": int(i), "source": names[i]} for i in members]
+            own = pixels[k * ipc : (k + 1) * ipc]
+            distilled.write_class(context.out, first + k, own, rows)
 
 
 def _copy(source: Distilled, folder: Path) -> None:

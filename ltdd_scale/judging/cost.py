@@ -11,7 +11,7 @@ from ltdd_scale.judging.lengths import epochs_of
 from ltdd_scale.labels.catalog import KINDS, SINGLE
 from ltdd_scale.labels.cost import networks
 from ltdd_scale.models import flops
-from ltdd_scale.results import GROUPS_PART, WHOLE_SETS
+from ltdd_scale.results import CHOSEN, GROUPS_PART, WHOLE_SETS
 from ltdd_scale.stage import Cost, Facts
 
 FLOAT = 4  # bytes
@@ -31,9 +31,9 @@ def student(settings: Any, facts: Facts) -> Cost:
     whole = who["set"] in WHOLE_SETS
     images = facts.num_images if whole else facts.num_classes * settings.ipc
     epochs = epochs_of(settings, images)
-    held = min((images + facts.judged) * 3 * seen.resolution**2, 2 * seen.memory_gb * 2**30)
+    held = _held(who["set"], images, facts, seen)
     teachers = networks(settings)
-    labelled = _labelled(settings) * images * teachers
+    labelled = _labelled(settings, epochs) * images * teachers
     if who.get("part", GROUPS_PART) != GROUPS_PART:  # those of one group; which is not known yet
         images = -(-images // settings.groups)
     net = (who["net"], settings.width, settings.norm, seen.resolution)
@@ -51,18 +51,30 @@ def student(settings: Any, facts: Facts) -> Cost:
     )
 
 
-def _labelled(settings: Any) -> int:
-    """Passes of the teacher over all images before a student of a part of the classes starts: as
-    many as an image has views, where it has one label.
+def _held(which: str, images: int, facts: Facts, seen: Any) -> float:
+    """Bytes of the images in memory: those it is trained on and those it is judged on, as far as
+    each fit `data.memory_gb`. Random real ones are held whatever they take."""
+    image, most = 3 * seen.resolution**2, seen.memory_gb * 2**30
+    own, judged = images * image, min(facts.judged * image, most)
+    return judged + (own if which == "random" else min(own, most))
 
-    Labels of the distilled set are there: `relabel` has made them.
+
+def _labelled(settings: Any, epochs: int) -> int:
+    """Passes of the teacher over all images before a student starts, where nobody else has made
+    its labels: one an epoch of stored ones, one a view of single ones. A student of a part of the
+    classes needs one for others too.
+
+    Labels of the distilled set are there: `relabel` has made them, but for short trials.
     """
     who, kind = settings.student, KINDS[settings.student["labels"]]
-    if "part" not in who or not kind.teacher or who["set"] == "distilled":
+    made = who["set"] in ("distilled", CHOSEN) and "least_steps" not in settings
+    if not kind.teacher or made:
         return 0
     if kind.views:
-        return settings.epochs
-    return settings.relabel.views if kind.name == SINGLE else 1
+        return epochs
+    if kind.name == SINGLE:
+        return settings.relabel.views
+    return 1 if "part" in who else 0
 
 
 def grouping(settings: Any, facts: Facts) -> Cost:
