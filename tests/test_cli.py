@@ -266,7 +266,8 @@ def test_more_ranks_than_the_machine_has(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
-        (["ipc=100000000"], ["disk", "lower ipc", "--force"]),
+        (["ipc=100000000", "evaluate.random=false"], ["disk", "lower ipc", "--force"]),
+        (["ipc=100000000"], ["student/random", "memory", "lower ipc", "--force"]),
         (["recover.batch_size=100000000", "ipc=10000000"], ["recover", "memory"]),
         (["teacher.width=1000000"], ["teacher", "memory"]),
     ],
@@ -351,7 +352,7 @@ def test_training_logs_are_lines(finished):
 def test_a_refused_command_leaves_the_run_as_it_was(finished):
     config, run = finished
     before = (run / "config.yaml").read_text()
-    said_plainly(cli("run", config, "--out", run, "--set", "ipc=100000000"), "disk")
+    said_plainly(cli("run", config, "--out", run, "--set", "ipc=100000000"), "memory")
     said_plainly(cli("shard", config, "--out", run, "--part", "0/2"), "in parts")
     assert (run / "config.yaml").read_text() == before
 
