@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from ltdd_scale.data import distilled, sharding, sources
 from ltdd_scale.data.loader import normalizer
 from ltdd_scale.data.settings import Data
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import Role
+from ltdd_scale.experts import recipes
+from ltdd_scale.experts.settings import Priors, Role
 from ltdd_scale.judging import cost, single_stage, student, training, verdict
 from ltdd_scale.judging.contract import Roles
 from ltdd_scale.judging.metrics import logit_adjusted, mean_of, metrics, summarize
@@ -295,6 +297,40 @@ def run_student(config, which: str, house, out, name="", labels=None):
     context = Context(ALONE, out, inputs, "w", quiet=True, workers=0)
     facts = student.run(settings, context)
     return settings, facts, files.read_json(out / "result.json")
+
+
+@pytest.mark.parametrize(
+    "own", [{"prior": 1.0}, {"prior": 0.0}, {"prior": 0.5, "sample_power": 1.0, "cutmix": 0.0}]
+)
+def test_a_stand_in_has_the_prior_of_the_set_and_not_of_what_training_showed(own):
+    """However the expert was balanced: with what it was shown taken out, a network that says just
+    that is a network of chance, and with the set's prior put back it says the prior."""
+    counts = np.array([90, 9, 1])
+    told = Priors(**{"sample_power": 0.0, "paste_power": 0.0, "cutmix": 0.5, **own})
+    shown = recipes.prior(counts, (told.sample_power, told.paste_power), told.cutmix)
+    logits = torch.from_numpy((1 - told.prior) * np.log(shown)).float().expand(6, 3)
+    seen = []
+
+    class Test:
+        train_counts, labels, groups = counts, np.arange(6) % 3, ["many", "medium", "few"]
+
+        def judge(self, network):
+            return {}, logits
+
+    def keep(z, *_):
+        seen.append(z[0].softmax(0))
+        return metrics(z, Test.labels, Test.groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "metrics", keep)
+        settings = SimpleNamespace(recipe="balanced", trained=told)
+        found = verdict._stand_in(
+            SimpleNamespace(recipe={"net": "n"}, logits=None), settings, Test()
+        )
+    assert torch.allclose(seen[0], torch.tensor([0.9, 0.09, 0.01]), atol=1e-5)
+    assert len(found) == 1 + (told.prior != 1)
+    if told.prior != 1:
+        assert torch.allclose(seen[1], torch.full((3,), 1 / 3), atol=1e-5)
 
 
 def test_an_image_that_an_epoch_leaves_alone_joins_the_step_before(house, tmp_path):

@@ -182,7 +182,7 @@ class Head(Settings):
         return said.lr, said.weight_decay
 
 
-class Balanced(Settings):
+class Priors(Settings):
     """What the logits of the recipe "balanced" have of the classes' frequencies."""
 
     prior: Number

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltdd_scale.data.stage import real, seen
-from ltdd_scale.experts.settings import Balanced, is_observer
+from ltdd_scale.experts.settings import Priors, is_observer
 from ltdd_scale.judging.contract import Protocol, Roles
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.catalog import HARD, KINDS, SINGLE, baseline
@@ -189,7 +189,7 @@ def verdict(config: Any, roles: Roles, above: tuple[Stage, ...], more: Mapping[s
             "label_epochs": "relabel.epochs",
             # What the teacher would say, had it not been balanced.
             **(
-                {"trained": Section(trained, Balanced), **places(f"{trained}.recipe")}
+                {"trained": Section(trained, Priors), **places(f"{trained}.recipe")}
                 if settings.plain == "expert"
                 else {}
             ),

@@ -315,6 +315,8 @@ def seeded(build: Callable[[], M], *key: int | str) -> M:
 def trains_on_one(network: nn.Module, resolution: int) -> bool:
     """Whether a batch of one image trains `network`. BatchNorm has nothing to learn from one value
     a channel: one image, where maps have shrunk to one pixel. Nothing is computed."""
+    if not norm_layers(network):
+        return True
     shapes = copy.deepcopy(network).to("meta").train()
     try:
         shapes(torch.empty(1, 3, resolution, resolution, device="meta"))
