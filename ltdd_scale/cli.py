@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -46,10 +47,37 @@ def _hours(text: str) -> float:
     return hours
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} up")
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, such as 5, from 0.1 up")
+    return seconds
+
+
 def _check_deadline(args: argparse.Namespace) -> None:
     if args.deadline and not (args.dry_run and args.cluster == "slurm"):
         raise UserError(
             "--deadline goes with --dry-run and --cluster slurm: it says what to ask for"
+        )
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    if args.cluster == "slurm" and args.nproc is not None:
+        raise UserError(
+            "--nproc is of ranks on this machine: with --cluster slurm the profile says how many "
+            "(nodes, tasks_per_node)"
         )
 
 
@@ -95,7 +123,7 @@ def _common(p: argparse.ArgumentParser, what: str) -> None:
     )
     p.add_argument(
         "--nproc",
-        type=int,
+        type=_whole(1),
         help="ranks on this machine (default: one a GPU; without GPUs one a core, up to 8)",
     )
     p.add_argument("--quiet", action="store_true", help="results and errors only")
@@ -112,8 +140,7 @@ def _working(commands, name: str, text: str) -> argparse.ArgumentParser:
     _common(p, "run")
     p.add_argument(
         "--max-restarts",
-        type=int,
-        default=3,
+        type=_whole(0),
         help="times that all ranks start again after one was killed (default: 3)",
     )
     p.add_argument(
@@ -135,13 +162,14 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ltdd-scale {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _clustered(_working(commands, "run", "all stages, then the report"))
-    _working(commands, "train", "train one expert")
-    for name, text in recipe.commands().items():
-        if name not in (*ROLES, recipe.STUDENTS):
-            _working(commands, name, text)
-    _working(commands, "report", "write the report of a finished run")
     _add_sweep(commands)
     _add_looking(commands)
+    # Last in the list: most people need none of them.
+    _working(commands, "train", "one stage: train one expert")
+    for name, text in recipe.commands().items():
+        if name not in (*ROLES, recipe.STUDENTS):
+            _working(commands, name, f"one stage: {text}")
+    _working(commands, "report", "the last step: write the report of a finished run")
     return top
 
 
@@ -156,7 +184,7 @@ def _add_sweep(commands) -> None:
     _common(p, "sweep")
     p.add_argument(
         "--max-jobs",
-        type=int,
+        type=_whole(0),
         help="SLURM jobs at a time, an array counting as one (default: the file's max_jobs; "
         "0: no limit)",
     )
@@ -182,7 +210,7 @@ def _add_looking(commands) -> None:
     p.add_argument(
         "--watch",
         nargs="?",
-        type=float,
+        type=_seconds,
         const=5.0,
         metavar="SECONDS",
         help="draw it again every so many seconds (default: 5) until no job runs or waits",
@@ -192,22 +220,24 @@ def _add_looking(commands) -> None:
         help="cancel the jobs of a run or a sweep",
         description="Cancel the jobs of a run or a sweep. What they have made stays.",
     )
-    p.add_argument("run", type=Path)
+    p.add_argument("run", type=Path, help="a run folder, or a sweep's")
     p = commands.add_parser(
         "logs",
         help="the ends of jobs' logs",
         description="The ends of the logs of a job or a point; without a name, of the jobs that "
         "failed.",
     )
-    p.add_argument("run", type=Path)
+    p.add_argument("run", type=Path, help="a run folder, or a sweep's")
     p.add_argument("job", nargs="?", default="", help="a job, a point or a stage ('status' lists)")
-    p.add_argument("--lines", type=int, default=30, help="lines of each log (default: 30)")
+    p.add_argument("--lines", type=_whole(1), default=30, help="lines of each log (default: 30)")
     p = commands.add_parser(
         "verify",
         help="re-hash an artefact",
         description="Re-hash a run folder, a stage folder, a shard set or a distilled set.",
     )
-    p.add_argument("path", type=Path)
+    p.add_argument(
+        "path", type=Path, help="a run folder, a stage's, a shard set or a distilled set"
+    )
     p = commands.add_parser(
         "inspect",
         help="what is in a shard set",
@@ -223,8 +253,8 @@ def _add_looking(commands) -> None:
         "distilled", type=Path, help="a distilled set, such as runs/quickstart/distilled"
     )
     p.add_argument("--net", help="network (default: the one the set was judged with)")
-    p.add_argument("--epochs", type=int, help="epochs (default: as the set was judged)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--epochs", type=_whole(1), help="epochs (default: as the set was judged)")
+    p.add_argument("--seed", type=_whole(0), default=0, help="of its draws (default: 0)")
     p.add_argument("--test", type=Path, help="folder <class>/<image> to judge it on")
     p.add_argument(
         "--save", type=Path, help="where to write the weights: NAME.safetensors, or torch's format"
@@ -265,7 +295,7 @@ def _add_export(commands) -> None:
         help="folder <class>/<image>: train on the set's images and on the new ones, and write "
         "into the card what the change costs there",
     )
-    p.add_argument("--seeds", type=int, default=3, help="of --measure (default: 3)")
+    p.add_argument("--seeds", type=_whole(1), default=3, help="of --measure (default: 3)")
 
 
 def _targets(args: argparse.Namespace) -> tuple[str, ...]:
@@ -296,8 +326,6 @@ def _work(args: argparse.Namespace) -> int:
     from ltdd_scale.launch import perform
 
     config = load.load(args.config, args.set)
-    if args.nproc is not None and args.nproc < 1:
-        raise UserError(f"--nproc {args.nproc}: at least 1")
     clustered = args.command == "run" and args.cluster
     asked = args.command == "run" and (args.dry_run or args.wait or args.profile or args.deadline)
     if asked and not clustered:
@@ -306,6 +334,11 @@ def _work(args: argparse.Namespace) -> int:
         )
     if clustered:
         _check_deadline(args)
+        _check_ranks(args)
+        if args.max_restarts is not None:
+            raise UserError(
+                "--max-restarts does not go with --cluster: a profile says it of jobs (retries)"
+            )
     if clustered and args.part:
         raise UserError(
             "--part and --cluster do not go together: a profile's array makes the parts"
@@ -330,7 +363,8 @@ def _work(args: argparse.Namespace) -> int:
         return commands.run(_options(args), request, resolved.absent)
     from ltdd_scale.launch import run
 
-    return run.run(request, args.nproc, args.max_restarts)
+    restarts = {} if args.max_restarts is None else {"max_restarts": args.max_restarts}
+    return run.run(request, args.nproc, **restarts)
 
 
 def _look(args: argparse.Namespace) -> int:
@@ -355,6 +389,7 @@ def _look(args: argparse.Namespace) -> int:
             from ltdd_scale.launch import commands
 
             _check_deadline(args)
+            _check_ranks(args)
             signals.install(term_saves=place.here().notified)
             where = (args.out, args.store)
             more = (args.report, args.data_root)
@@ -369,6 +404,8 @@ def _look(args: argparse.Namespace) -> int:
 
     match args.command:
         case "status" if args.watch:
+            if args.json:
+                raise UserError("--json and --watch do not go together")
             from ltdd_scale.launch import board
 
             return board.watch(args.run, args.watch)

@@ -19,7 +19,7 @@ from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging.metrics import metrics
 from ltdd_scale.judging.settings import Training
-from ltdd_scale.judging.student import build, key_of
+from ltdd_scale.judging.student import build, joined, key_of
 from ltdd_scale.judging.training import Setup, train
 from ltdd_scale.labels.catalog import HARD, KINDS, Kind
 from ltdd_scale.labels.contract import Maker
@@ -82,8 +82,15 @@ def run(
     """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its
     weights to `save`. `labels`: another kind of label than the set's own. Returns the exit code."""
     told = describe(distilled)
+    if test:  # before hours of training
+        find_images(test, judged_folders(test, told))
+    if save and not save.parent.is_dir():
+        raise UserError(f"--save {save}: there is no folder {save.parent}")
     peers = join(told)
-    fitted = fit(distilled, told, peers, net=net, epochs=epochs, seed=seed, labels=labels)
+    try:
+        fitted = fit(distilled, told, peers, net=net, epochs=epochs, seed=seed, labels=labels)
+    except KeyboardInterrupt:
+        raise UserError("stopped; nothing was written, and the next try begins anew") from None
     if save:
         frozen.save(save, fitted.recipe, fitted.model)
         print(f"weights  {save}")
@@ -123,10 +130,11 @@ def fit(
     registry.check(net, told.width, told.norm, told.resolution)
     setup = load(distilled, told, peers, epochs or told.epochs, f"{net} seed {seed}", seed, labels)
     recipe = frozen.recipe(net, told.width, told.norm, told.resolution, len(told.classes))
-    student = peers.to_device(build(recipe, setup.key))
+    student = build(recipe, setup.key)
+    setup = joined(setup, student, told.resolution)
     # No checkpoints and no log: nothing is written but what was asked for.
     context = Context(peers, distilled / ".none", {}, "fit", float("inf"))
-    model, _ = train(setup, student, context)
+    model, _ = train(setup, peers.to_device(student), context)
     return Fitted(recipe, model, setup)
 
 
@@ -170,8 +178,11 @@ def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.nda
     labels = np.repeat(np.arange(len(names)), [len(paths) for paths in found])
     pixels = np.empty((len(labels), 3, resolution, resolution), np.uint8)
     for row, path in enumerate(path for paths in found for path in paths):
-        with Image.open(path) as image:
-            shown = square(image.convert("RGB"), resolution)
+        try:
+            with Image.open(path) as image:
+                shown = square(image.convert("RGB"), resolution)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: not an image that can be read ({error})") from None
         pixels[row] = np.asarray(shown).transpose(2, 0, 1)
     return pixels, labels
 

@@ -3,8 +3,12 @@ nothing."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,13 +92,35 @@ class Session:
         )
 
 
+@contextmanager
+def _alone(out: Path) -> Generator[None]:
+    """Jobs of one run that end at once change its record one after the other."""
+    try:
+        fd = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise files.explain(error, out) from error
+    try:
+        while not files.lock(fd, fcntl.LOCK_EX):
+            signals.check()
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)
+
+
 def enter(session: Session) -> None:
     """Make the run folder ours. Raises `UserError` where it holds a run of another config."""
-    out, name = session.out, session.config.name
+    out = session.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.explain(error, out) from error
+    with _alone(out):
+        _take(session)
+
+
+def _take(session: Session) -> None:
+    out, name = session.out, session.config.name
     record = out / RECORD
     before = files.read_json(record) if record.exists() else {}
     if before and before.get("config") != name:
@@ -168,10 +194,11 @@ def execute(session: Session) -> None:
 
 def note(session: Session) -> None:
     """Write into the run folder which stages its targets stand for."""
-    record = files.read_json(session.out / RECORD)
     names = graph.needed(session.nodes, session.targets)
-    record["stages"].update({n: session.nodes[n].where for n in names})
-    files.write_json(session.out / RECORD, record)
+    with _alone(session.out):
+        record = files.read_json(session.out / RECORD)
+        record["stages"].update({n: session.nodes[n].where for n in names})
+        files.write_json(session.out / RECORD, record)
 
 
 def publish(session: Session) -> None:

@@ -154,3 +154,11 @@ def test_cutmix_shares_are_the_areas(n, size, seed):
     boxes, lam = augment.cutmix_boxes(rng(seed), n, size)
     mixed = augment.paste(torch.zeros(n, 1, size, size), torch.ones(n, 1, size, size), boxes)
     assert np.allclose(1 - mixed.mean((1, 2, 3)).numpy(), lam, atol=1e-5)
+
+
+def test_whole_images_are_centre_squares():
+    sizes = np.array([[500, 375], [360, 640], [64, 64], [333, 500]])
+    views = ViewSpec(32, (1.0, 1.0)).draw(np.random.default_rng(0), sizes)
+    boxes = augment.pixel_boxes(views.windows, sizes)
+    assert (boxes == augment.centre_boxes(sizes)).all()
+    assert views.windows[2].tolist() == [0, 0, 1, 1]

@@ -1,5 +1,6 @@
 """What a user meets at the command line: help, results, and errors that say how to mend."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -233,6 +234,70 @@ def test_damage_is_found_by_verify_and_refused_by_the_next_stage(finished, tmp_p
         "weights.pt: damaged",
         "delete the folder",
     )
+
+
+def test_verify_goes_on_where_a_stage_is_not_there(finished, tmp_path):
+    _, run = finished
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    record = json.loads((copy / "run.json").read_text())
+    record["store"], store = str(tmp_path / "store"), tmp_path / "store"
+    (copy / "run.json").write_text(json.dumps(record))
+    shutil.copytree(run.parent / "store", store)
+    shutil.rmtree(store / record["stages"]["calibrate"])
+    (store / record["stages"]["recover"] / "stage.json").unlink()
+    done = cli("verify", copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = {line.partition(": ")[0]: line.partition(": ")[2] for line in done.stdout.splitlines()}
+    assert said[str(store / record["stages"]["calibrate"])] == "not there any more"
+    assert said[str(store / record["stages"]["recover"])] == "not finished"
+    assert said[str(store / record["stages"]["evaluate"])] == "as recorded"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be another user one must be root")
+def test_another_users_run_is_looked_at(finished, tmp_path):
+    _, run = finished
+    shutil.copytree(run.parent, tmp_path / "theirs")
+    folder = (
+        tmp_path
+        / "theirs"
+        / "store"
+        / json.loads((run / "run.json").read_text())["stages"]["teacher"]
+    )
+    os.chmod(folder / ".lock", 0o644)
+    for path in (folder, *folder.parents):
+        if path.stat().st_mode & 0o005 != 0o005:
+            os.chmod(path, path.stat().st_mode | 0o005)
+    with open(folder / ".lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code = (
+            "import os, sys; from pathlib import Path; from ltdd_scale.pipeline import store\n"
+            "os.setuid(65534)\n"
+            "sys.exit(3 + store.is_running(Path(sys.argv[1])))"
+        )
+        command = [sys.executable, "-c", code, str(folder)]
+        assert subprocess.run(command).returncode == 4, "somebody is at work"
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert subprocess.run(command).returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "X", "--nproc", "0"], "from 1 up"),
+        (["run", "X", "--max-restarts", "-1"], "from 0 up"),
+        (["sweep", "X", "--max-jobs", "-1"], "from 0 up"),
+        (["logs", "X", "--lines", "0"], "from 1 up"),
+        (["status", "X", "--watch", "-1"], "expected seconds"),
+        (["run", "X", "--cluster", "slurm", "--nproc", "2"], "the profile says how many"),
+        (["sweep", "X", "--cluster", "slurm", "--nproc", "2"], "the profile says how many"),
+        (["run", "X", "--cluster", "local", "--max-restarts", "2"], "of jobs (retries)"),
+        (["status", "X", "--json", "--watch"], "do not go together"),
+    ],
+)
+def test_options_that_make_no_sense(words, said, tiny, tmp_path):
+    done = cli(*(tiny if w == "X" else w for w in words))
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_training_on_the_distilled_set_alone(finished, tmp_path):

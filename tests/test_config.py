@@ -139,8 +139,17 @@ def test_settings_without_effect_are_said(tmp_path):
     assert ["relabel.topk" in text for text in check(load.load(write(tmp_path, few)))] == [True]
     unused = load.load(write(tmp_path, "evaluate: {matrix_labels: [hard]}\n"))
     assert ["matrix_labels has no effect" in text for text in check(unused)] == [True]
+    for text, name in (("momentum: 0.5", "momentum"), ("cutmix: 0, paste_power: 1", "paste_power")):
+        (said,) = check(load.load(write(tmp_path, f"observer: {{{text}}}")))
+        assert said.startswith(f"observer.{name} has no effect beside observer.")
     used = load.load(write(tmp_path, "evaluate: {matrix: true}\nrelabel: {topk: 5}\n"))
     assert check(used) == []
+
+
+def test_a_setting_that_no_training_reads_makes_no_second_expert(tmp_path):
+    config = load.load(write(tmp_path, "teacher: {momentum: 0.5, magnitude: 5}\n"))
+    assert is_observer(config)
+    assert not is_observer(load.load(write(tmp_path, "teacher: {lr: 0.1}\n")))
 
 
 def test_learned_labels_are_for_methods_that_learn_them(tmp_path, monkeypatch):
@@ -200,6 +209,14 @@ def test_a_section_keeps_its_own_defaults(tmp_path):
         ("{relabel: {labels: hard}, evaluate: {order: soft_hard_soft}}", "evaluate.order"),
         ("evaluate: {soft_loss: mse, temperature: 4}", "evaluate.temperature"),
         ("evaluate: {order: soft_hard_soft, kappa_ce: 1}", "evaluate.kappa_ce"),
+        ("{relabel: {labels: hard}, evaluate: {kappa_mse: 3}}", "evaluate.kappa_mse"),
+        ("{relabel: {labels: hard}, evaluate: {temperature: 4}}", "evaluate.temperature"),
+        ("relabel: {labels: hard, adjust: true}", "relabel.adjust"),
+        ("relabel: {labels: single, epochs: 7}", "relabel.epochs"),
+        ("evaluate: {momentum: 0.3}", "evaluate.momentum"),
+        ("evaluate: {magnitude: 3}", "evaluate.magnitude"),
+        ("choose: {how: never, seeds: 9}", "choose.seeds"),
+        ("calibrate: {recalibrate: false, lead: 8}", "calibrate.lead"),
     ],
 )
 def test_soft_labels_settings_without_effect_are_said(tmp_path, text, key):

@@ -291,6 +291,28 @@ def test_an_expert_decodes_what_does_not_fit_and_waits_for_batchnorm():
     assert estimate.limits.costs([node], facts)["observer"].decodes == facts.num_images
 
 
+def test_students_of_a_set_too_large_for_memory_decode_it_each_epoch():
+    text = ["evaluate.plain=own", "evaluate.plain_epochs=60", "data.path=x"]
+    decodes = []
+    for memory in (0, 99):
+        sets = [*text, f"data.memory_gb={memory}"]
+        config = load.load(CONFIGS / "imagenet_lt_if256_ipc10.yaml", sets)
+        facts = sources.expected(config.data)
+        nodes = graph.build(recipe.stages(config, "x"), config)
+        (name,) = (n for n in nodes if n.startswith("student/plain"))
+        decodes.append(estimate.limits.costs([nodes[name]], facts)[name].decodes - facts.judged)
+    assert decodes == [60 * facts.num_images, facts.num_images]
+
+
+def test_a_net_that_cannot_be_built_without_data_has_a_cost():
+    """RegNet reckons with tensors while it is made."""
+    sets = ["observer.net=regnet_y_400mf", "data.resolution=32"]
+    config = load.load(CONFIGS / "quickstart.yaml", sets)
+    nodes = graph.build(recipe.stages(config, "x"), config)
+    found = estimate.limits.costs(nodes.values(), Facts((9,) * 10, 30))
+    assert found["recover"].memory > found["initialize"].memory > 0
+
+
 # What two experts, side by side, chunks and a report take on one device, and the share of a
 # device's speed that is left where they work together.
 NODES = Profile(gpus_per_node=4, array_parallelism=64)

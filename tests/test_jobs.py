@@ -1,21 +1,25 @@
 """What is planned, without a cluster."""
 
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, cli, digests, process, said_plainly
-from jobs_tools import RLDD, campaign_of, load, make, of, point
+from jobs_tools import RLDD, campaign_of, load, made_of, make, of, point
 
 from ltdd_scale import recipe
 from ltdd_scale.errors import UserError
-from ltdd_scale.launch import campaign, estimate, jobs, profile
+from ltdd_scale.launch import campaign, estimate, jobs, limits, profile
 from ltdd_scale.launch.cluster import Order
-from ltdd_scale.launch.clusters import slurm
+from ltdd_scale.launch.clusters import slurm, slurm_task
 from ltdd_scale.pipeline import store as folders
 from ltdd_scale.runtime import files
-from ltdd_scale.stage import Division, Resources, Stage
+from ltdd_scale.runtime.place import Place
+from ltdd_scale.stage import Cost, Division, Facts, Resources, Stage
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.yaml")), ids=lambda p: p.name)
@@ -161,6 +165,77 @@ def test_what_is_done_is_not_planned_again(finished):
     assert [j.name for j in campaign.missing(other, {"17"})] == left[1:]
 
 
+def test_what_finished_stages_have_read_is_not_made_again(finished, tmp_path):
+    """As a run, which leaves alone what nobody needs any more."""
+    config, run = finished
+    shutil.copytree(run.parent / "store", tmp_path / "store")
+    shutil.copytree(run, tmp_path / "run")
+    for kind in ("shard", "experts", "calibrate"):
+        shutil.rmtree(tmp_path / "store" / kind)
+    made = campaign_of(tmp_path / "run", config)
+    assert not all(made.done(j) for j in made.jobs)
+    assert made.left() == [] and campaign.missing(made, set()) == []
+    other = campaign_of(tmp_path / "run", config, "recover.lr=0.02")
+    assert {"shard", "observer", "calibrate", "recover"} <= {j.name for j in other.left()}
+    assert "initialize" not in {j.name for j in other.left()}
+
+
+def test_a_report_that_is_to_be_another_is_another_job(tmp_path):
+    made, licensed = (
+        {j.name: j.identity for j in made_of(tmp_path, point(tmp_path, "a", *sets)).jobs}
+        for sets in ((), ("publish.license=cc-by-4.0",))
+    )
+    assert [n for n in made if made[n] != licensed[n]] == ["a/report"]
+
+
+def test_an_error_of_any_rank_is_final(tmp_path, monkeypatch):
+    """A share of the work that cannot be done fails on the rank that has it."""
+    codes: list[int] = []
+    (tmp_path / "ends").mkdir()
+    task = slurm_task.Task("t", ".", "", str(tmp_path))
+    monkeypatch.setattr(slurm_task.Task, "_work", lambda self, here: 1)
+    monkeypatch.setattr(slurm_task.os, "_exit", codes.append)
+    monkeypatch.setattr(slurm_task.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(slurm_task.signals, "install", lambda **more: None)
+    monkeypatch.setattr(slurm_task.files, "guard", None)
+    second = Place(rank=1, world_size=2, job="7", step="7.0")
+    monkeypatch.setattr(slurm_task.place, "become_task", lambda: second)
+    task()
+    assert codes == [1] and (tmp_path / "ends" / "7.final").exists()
+
+
+def test_jobs_are_compared_with_what_all_of_them_need(tmp_path, monkeypatch):
+    made = made_of(tmp_path, *(point(tmp_path, f"p{k}", f"seed={k}") for k in range(3)))
+    known = dict.fromkeys((p.name for p in made.points), Facts((90,) * 10, 30))
+    costs = {node.where: cost for p in made.points for node, cost in _costs(p, known[p.name])}
+    all_disk = sum(c.disk for c in costs.values())
+    check = partial(limits.check_jobs, made.points, made.left(), known, made.store)
+    monkeypatch.setattr(limits, "free_disk", lambda folder: all_disk * 1.01)
+    check()
+    monkeypatch.setattr(limits, "free_disk", lambda folder: all_disk * 0.9)
+    with pytest.raises(UserError, match="of disk"):
+        check()
+
+
+def _costs(one, facts):
+    found = limits.costs(one.nodes.values(), facts)
+    return [(one.nodes[name], cost) for name, cost in found.items()]
+
+
+def test_a_batch_is_that_of_all_nodes(tmp_path, monkeypatch):
+    one = point(tmp_path, "a")
+    cost = Cost(memory=0.5e9, batch=3e9)
+    monkeypatch.setattr(limits, "costs", lambda nodes, facts: {n.name: cost for n in nodes})
+    monkeypatch.setattr(limits, "free_disk", lambda folder: 1e15)
+    for nodes, refused in ((1, True), (4, False)):
+        wants = profile.Profile(nodes=nodes, mem_gb=2, gpus_per_node=0)
+        made = made_of(tmp_path, one, wants=wants)
+        mine = [j for j in made.left() if j.stage == "observer"]
+        check = partial(limits.check_jobs, [one], mine, {"a": Facts((9,), 3)}, made.store)
+        with pytest.raises(UserError, match="mem_gb") if refused else nullcontext():
+            check()
+
+
 def test_the_sbatch_file_asks_for_what_the_profile_says(tmp_path):
     found = load(
         tmp_path,
@@ -257,5 +332,6 @@ def test_parts_are_each_pieces_once(tmp_path, tiny):
     ours, theirs = digests(parts), digests(whole)
     of_both = [k for k in theirs if k.startswith("rec") or k.startswith("rel")]
     assert len(of_both) == 2 and {k: ours[k] for k in of_both} == {k: theirs[k] for k in of_both}
-    said_plainly(cli("recover", tiny, *run, "--part", "0/3", "--nproc", 0), "at least 1")
+    refused = cli("recover", tiny, *run, "--part", "0/3", "--nproc", 0)
+    assert refused.returncode == 2 and "--nproc: '0': expected a whole number" in refused.stderr
     assert "expected K/N" in cli("recover", tiny, "--part", "3/3").stderr

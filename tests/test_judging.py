@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jobs_tools import point
 
 from ltdd_scale import fit
 from ltdd_scale.config.root import Config
@@ -646,6 +647,27 @@ def test_cost_of_students():
     assert small.memory > 0 and small.disk > 0
 
 
+@pytest.mark.parametrize("which", ["plain", "random"])
+def test_students_with_classes_do_not_depend_on_what_soft_labels_need(which, tmp_path):
+    """An ablation of the soft loss, or a sweep over seeds, trains them once."""
+
+    def fingerprints(*sets):
+        more = ("evaluate.plain=own", "evaluate.seeds=2", "relabel.labels=online", *sets)
+        nodes = point(tmp_path, "a", *more).nodes
+        return {n: node.fingerprint for n, node in nodes.items() if n.startswith("student/")}
+
+    ours = fingerprints()
+    hard = {n for n in ours if "-hard-" in n and which in n}
+    soft = {n for n in ours if "-online-" in n}
+    assert hard and soft
+    for sets in (["evaluate.temperature=2"], ["evaluate.kappa_ce=1"], ["relabel.adjust=true"]):
+        others = fingerprints(*sets)
+        assert all(others[n] == ours[n] for n in hard) and all(others[n] != ours[n] for n in soft)
+    later = fingerprints("seed=1")
+    assert [later[n] == ours[n] for n in hard if n in later] == [True] * len(hard & set(later))
+    assert fingerprints("evaluate.lr=0.1").items().isdisjoint(ours.items())
+
+
 def published(folder, house, kind: str, teacher: bool):
     """A distilled folder as publish writes it, with what fit reads of it."""
     from PIL import Image
@@ -733,12 +755,33 @@ def test_fit_is_the_student_stage_on_the_published_set(kind, learned_house, tmp_
     assert all(torch.equal(v, weights[k]) for k, v in average.state_dict().items())
 
 
+def test_fit_leaves_no_image_to_batchnorm_alone(house, tmp_path, same_threads):
+    """As students do: 20 images in batches of 19, and maps of one pixel."""
+    folder = published(tmp_path / "set", house, "hard", teacher=False)
+    told = files.read_json(folder / "set.json")
+    told["config"]["evaluate"]["batch_size"] = 19
+    files.write_json(folder / "set.json", told)
+    assert fit.run(folder, "resnet18", 1, 0, None, tmp_path / "s.pt") == 0
+
+
+def test_an_image_that_cannot_be_read_is_named(house, tmp_path, same_threads):
+    folder = published(tmp_path / "set", house, "hard", teacher=False)
+    bad = folder / "images" / "3" / "0.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"3/0\.png: not an image that can be read"):
+        fit.run(folder, None, 1, 0, None, tmp_path / "s.pt")
+
+
 def test_fit_says_plainly_what_is_wrong(house, tmp_path, same_threads):
     with pytest.raises(UserError, match="not a distilled set"):
         fit.run(tmp_path, None, None, 0, None, None)
     folder = published(tmp_path / "set", house, "online", teacher=False)
     with pytest.raises(UserError, match=r"teacher\.safetensors"):
         fit.run(folder, None, None, 0, None, None)
+    with pytest.raises(UserError, match=r"no images of class 0"):  # before it trains
+        fit.run(folder, None, None, 0, tmp_path / "mistyped", None)
+    with pytest.raises(UserError, match="there is no folder"):
+        fit.run(folder, None, None, 0, None, tmp_path / "nowhere" / "s.pt")
     with pytest.raises(UserError, match="--epochs 0"):
         fit.run(folder, None, 0, 0, None, None)
     with pytest.raises(UserError, match="vgg11_cifar"):  # five times halved, eight pixels are none

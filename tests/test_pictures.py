@@ -221,6 +221,15 @@ def test_the_tree_shows_its_cut_and_only_a_cut_of_its_own():
     assert cut([[0, 2], [1, 3, 4]]) == []  # of another rule than the tree's
 
 
+def test_a_tree_may_be_one_long_chain():
+    """Of a thousand classes, each joined to all before it."""
+    n = 1500
+    joins = [[0, 1, 1.0, 2], *([n + k - 1, k + 1, 1.0 + k, k + 2] for k in range(1, n - 1))]
+    before = sys.getrecursionlimit()
+    figure = classes.tree([str(k) for k in range(n)], np.ones(n, int), np.asarray(joins), [[0]])
+    assert figure.axes and sys.getrecursionlimit() == before
+
+
 def test_features_keep_their_classes(gallery):
     panels, record = read_embedding(gallery.material.find("embedding"))
     assert list(panels) == ["plain, whole set", "distilled"]

@@ -35,4 +35,10 @@ def test_nothing_goes_faster_than_its_units():
         == w.iterations * m.recover_ms / 1e3
     )
     assert sim.recover(2 * count, m, w)[1] == "fewer chunks than GPUs"
-    assert sim.calibrate(256, m, w)[0] >= w.passes / 2 * w.largest / 128 * m.forward_ms / 1e3
+    assert sim.calibrate(256, m, w)[0] >= sim.passes(w)[0] * w.largest / 128 * m.forward_ms / 1e3
+
+
+def test_a_lead_spares_most_passes():
+    w = sim.Work()
+    led, without = sim.passes(w)[0], sim.passes(sim.Work(lead=0))[0]
+    assert without == 27 and 7 < led < 8

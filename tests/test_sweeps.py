@@ -382,3 +382,12 @@ def test_a_signal_reaches_the_job_that_runs_here(tmp_path):
     done = cli(*command[3:])
     assert done.returncode == 0 and "resumed at step" in done.stderr, done.stdout + done.stderr
     assert "page to look at" in done.stdout and "== shard" not in done.stdout
+
+
+def test_a_point_whose_settings_do_not_suit_its_images_stops_no_other(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    bad = "{name: bad, evaluate.nets: [vgg11_cifar], data.resolution: 16, evaluate.plain: own}"
+    (tmp_path / "s.yaml").write_text(f"config: tiny.yaml\npoints:\n  - {{name: good}}\n  - {bad}\n")
+    done = cli("sweep", tmp_path / "s.yaml", "--dry-run", "--out", tmp_path / "s")
+    assert "point bad is refused: vgg11_cifar" in done.stdout, done.stdout + done.stderr
+    assert "good/students" in done.stdout and "bad/students" not in done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from ltdd_scale.runtime import ranks
 from ltdd_scale.runtime.ranks import Ranks
 
 
@@ -61,9 +62,8 @@ def begin(doc: str) -> tuple[int, Ranks]:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(circumstances(args.threads), "\n")
-    return args.rounds, Ranks(
-        0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
-    )
+    # As a run joins: on a GPU with deterministic kernels, and no TF32 in float32.
+    return args.rounds, ranks.join("auto", "float32", args.threads)
 
 
 def circumstances(threads: int) -> str:

@@ -32,7 +32,7 @@ def main() -> None:
             "bench",
         )
     ).train()
-    optimizer = engine.sgd(model, Expert(lr=0.01), ranks.device)
+    optimizer = engine.optimizer_of(model, Expert(optimizer="sgd", lr=0.01), ranks.device)
     x = torch.randn(16, 3, 64, 64, device=ranks.device)
 
     def step() -> None:

@@ -33,7 +33,7 @@ from ltdd_scale.methods.rldd import calibrate
 from ltdd_scale.methods.rldd.settings import Calibrate
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks, rng
+from ltdd_scale.runtime.ranks import join, rng
 
 Fair = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -102,8 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks, split = Ranks(0, 1, device, None), ShardSplit(args.shards, "train")
+    ranks, split = join("auto", "float32", args.threads), ShardSplit(args.shards, "train")
     model, side = None, args.side
     if args.observer:
         loaded = frozen.load(args.observer, ranks)
@@ -112,8 +111,8 @@ def main() -> None:
     context = Context(
         ranks, Path("no folder"), {"shard": args.shards}, "lead", workers=2, quiet=True
     )
-    images = open_images(split, seen, device, context.workers)
-    seen_by = images, prepare(split, device), ViewSpec(side), Calibrate().batch_size, context
+    images = open_images(split, seen, ranks.device, context.workers)
+    seen_by = images, prepare(split, ranks.device), ViewSpec(side), Calibrate().batch_size, context
     blank = torch.nn.Identity()
     model = model or untrained(args.net, seen, split, calibrate.Measurement(blank, *seen_by))
     members = calibrate.by_class(images, args.lead)

@@ -12,6 +12,7 @@ own too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -48,10 +49,10 @@ def make_set(jpegs: Path, folder: Path, num_images: int) -> None:
     for k in range(num_images):
         target = folder / "tree" / "train" / f"{k % 10}" / f"{k:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(real[k % len(real)])
+        target.symlink_to(real[k % len(real)].absolute())
     for c in range(10):
         (folder / "tree" / "test" / f"{c}").mkdir(parents=True)
-        (folder / "tree" / "test" / f"{c}" / "0.jpg").symlink_to(real[c])
+        (folder / "tree" / "test" / f"{c}" / "0.jpg").symlink_to(real[c % len(real)].absolute())
     (folder / "shards").mkdir()
     data = Data(source="folder", path=str(folder / "tree"), profile="full")
     sharding.write(folder / "shards", "bench", sources.open_source(data), data)
@@ -164,7 +165,8 @@ def decoding(folder: Path, cores: int):
 
     split = ShardSplit(folder / "shards", "train")
     order = np.random.default_rng(0).permutation(len(split))
-    parts = (order[i : i + BATCH] for i in range(0, len(order), BATCH))
+    whole = range(0, len(order) - BATCH + 1, BATCH)
+    parts = itertools.cycle([order[i : i + BATCH] for i in whole])
     pipe = Pipeline(BATCH, cores, None, exec_dynamic=True)
     with pipe:
         pipe.set_outputs(
@@ -270,6 +272,12 @@ def main() -> None:
     if args.candidate:
         print(json.dumps(measure(args.candidate, args.keep, args.cores, args.batches)), flush=True)
         os._exit(0)
+    # A tenth of an epoch is what the resumed candidate has left.
+    least = 10 * BATCH * (3 + args.batches // 2)
+    if args.images < least:
+        parser.error(
+            f"--images {args.images}: too few for --batches {args.batches}, at least {least}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         if not (folder / "shards" / "manifest.json").exists():

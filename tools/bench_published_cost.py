@@ -51,7 +51,7 @@ from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.flat import Flat, in_tf32
 from ltdd_scale.publish.tables import markdown
 from ltdd_scale.runtime.context import Context
-from ltdd_scale.runtime.ranks import Ranks, rng
+from ltdd_scale.runtime.ranks import Ranks, join, rng
 from ltdd_scale.stage import Facts, Given, function, settings_of
 
 SWEEPS = Path(__file__).parent.parent / "configs" / "published" / "sweeps"
@@ -470,8 +470,7 @@ def main() -> None:
     if asked.memory:
         memory()
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costs(asked.rounds, asked.ipc, Ranks(0, 1, device, None))
+    costs(asked.rounds, asked.ipc, join("auto", "float32", asked.threads))
 
 
 if __name__ == "__main__":

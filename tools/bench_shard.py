@@ -59,7 +59,7 @@ def main() -> None:
             target.symlink_to(real[k % len(real)].absolute())
         for c in range(10):
             (root / "tree" / "test" / str(c)).mkdir(parents=True)
-            (root / "tree" / "test" / str(c) / "0.jpg").symlink_to(real[c].absolute())
+            (root / "tree" / "test" / str(c) / "0.jpg").symlink_to(real[c % len(real)].absolute())
         data = Data(
             source="folder",
             path=str(root / "tree"),

@@ -10,6 +10,7 @@ the same IPC. No augmentation, hard labels.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from ltdd_scale.data import distilled
 from ltdd_scale.data.chosen import random_real
 from ltdd_scale.data.loader import decode, prepare
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.errors import UserError
 from ltdd_scale.experts.trajectories.kept import Kept
 from ltdd_scale.launch.status import load_run
 from ltdd_scale.methods.catalog import METHODS
@@ -45,12 +47,18 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--snapshots", type=int, default=6)
     asked = parser.parse_args()
-    config, nodes, record = load_run(asked.run)
+    try:
+        config, nodes, record = load_run(asked.run)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if "trajectory/000" not in nodes:
+        sys.exit(f"error: method={config.method} has no trajectories: give a run of mtt or damed")
     store = Path(record["store"])
     split = ShardSplit(nodes["shard"].folder(store), "train")
     num_classes, size = len(split.classes), config.data.resolution
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    normalize = prepare(split, device)
+    zca = nodes["whiten"].folder(store) if "whiten" in nodes else None
+    normalize = prepare(split, device, zca)
 
     def shown(pixels: np.ndarray) -> Tensor:
         return normalize(torch.from_numpy(pixels).to(device).float() / 255)

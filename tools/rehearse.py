@@ -13,6 +13,7 @@ on after an interruption. The table comes from what the stages write down; it is
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -89,6 +90,8 @@ def write_set(
     """The tree of names, and its lists."""
     done = folder / "made.json"
     wanted = {"counts": numbers, "held": held, "files": [str(f) for f in files[0]]}
+    # A set is known by its list: other images must have other names, or their shards would be taken.
+    mark = hashlib.sha256(json.dumps([str(f) for of in files for f in of]).encode()).hexdigest()[:8]
     if done.exists() and json.loads(done.read_text()) == wanted:
         return
     if done.exists():  # of other images
@@ -100,7 +103,7 @@ def write_set(
             place = folder / split / f"n{c:08d}"
             place.mkdir(parents=True, exist_ok=True)
             for k in range(number):
-                path = place / f"n{c:08d}_{k}{of_class[0].suffix}"
+                path = place / f"n{c:08d}_{k}_{mark}{of_class[0].suffix}"
                 if not path.exists():
                     _name(of_class[k % len(of_class)], path)
                 lines.append(f"{path.relative_to(folder)} {c}")

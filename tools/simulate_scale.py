@@ -55,7 +55,9 @@ class Work:
     parameters: float = 29.7e6
     norm_layers: int = 55  # the projector's two are not calibrated
     statistics_gb: float = 0.425
-    passes: int = 53  # calibration's, one a layer and up to it
+    lead: int = 8  # images a class that go layer after layer, as calibrate.lead; 0: all do
+    turns: int = 3  # of the lead and the set, which is assumed: calibration ends when it is close
+    layers: int = 53  # of BatchNorm in the observer
     unit: int = 128
     ipc: int = 10
     chunk: int = 80
@@ -107,15 +109,24 @@ def expert(world: int, m: Machine, w: Work) -> tuple[float, str]:
     return max(step, load) * (w.images // w.global_batch) * w.epochs, bound
 
 
+def passes(w: Work) -> tuple[float, int]:
+    """Of calibration: forward passes over the set, and how often its sums travel."""
+    layer_by_layer = (w.layers + 1) / 2  # a pass for each layer, up to that layer
+    if not w.lead:
+        return layer_by_layer, 1
+    led = np.minimum(class_counts(w), w.lead).sum() / w.images
+    return w.turns * (1 + layer_by_layer * float(led)), 2 * w.turns
+
+
 def calibrate(world: int, m: Machine, w: Work) -> tuple[float, str]:
     counts = class_counts(w)
     sizes = np.asarray([counts[u].sum() for u in class_units(counts, w.unit)])
     busiest = max(sizes[part].sum() for part in spread(sizes, world) if part)
-    # Over all passes: a forward pass is half as long on average, each image is decoded once, each layer's sums travel once.
+    whole, sums = passes(w)
     arithmetic, load, talk = (
-        w.passes / 2 * busiest / 128 * m.forward_ms / 1e3,
-        busiest / m.decode,
-        all_reduce(w.statistics_gb, world, m),
+        whole * busiest / 128 * m.forward_ms / 1e3,
+        busiest / m.decode,  # once
+        sums * all_reduce(w.statistics_gb, world, m),
     )
     bound = (
         "the sums' all-reduce"

@@ -84,6 +84,7 @@ def check(config: Any) -> list[str]:
     _check_data(config, warnings)
     _check_whitening(config, warnings)
     _check_publish(config, warnings)
+    _check_idle(config, warnings)
     choose.check(config)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
@@ -203,10 +204,12 @@ def _check_labels(config: Any, warnings: list[str]) -> None:
     single = KINDS[kind].of_views or any(other.name == SINGLE for other in used)
     if config.relabel.views > 1 and not single:
         warnings.append(f"relabel.views has no effect with relabel.labels={kind}")
+    if config.relabel.epochs and not stored:
+        warnings.append(f"relabel.epochs has no effect with relabel.labels={kind}")
     if not soft:
         warnings += [
             f"relabel.{name} has no effect with relabel.labels={kind}"
-            for name in ("class_share", "labeller")
+            for name in ("class_share", "labeller", "adjust", "batch_size")
             if getattr(config.relabel, name) != getattr(Relabel(), name)
         ]
     _check_soft(config.evaluate, None if soft else kind, warnings)
@@ -220,11 +223,28 @@ def _check_soft(asked: Evaluate, hard: str | None, warnings: list[str]) -> None:
     if hard is not None:
         warnings += [
             f"evaluate.{name} has no effect with relabel.labels={hard}"
-            for name in ("soft_loss", "order")
+            for name in ("soft_loss", "temperature", "order", "kappa_ce", "kappa_mse")
             if getattr(asked, name) != getattr(Evaluate(), name)
         ]
     elif asked.order != "both" and asked.kappa_ce != Evaluate().kappa_ce:
         warnings.append(f"evaluate.kappa_ce has no effect with evaluate.order={asked.order}")
+
+
+def _check_idle(config: Any, warnings: list[str]) -> None:
+    """Settings of students and of the choice that nothing reads beside others."""
+    asked, choice = config.evaluate, config.choose
+    for name, beside, unread in (
+        ("momentum", "optimizer=adamw", asked.optimizer == "adamw"),
+        ("magnitude", "randaugment=0", not asked.randaugment),
+    ):
+        if unread and getattr(asked, name) != getattr(Evaluate(), name):
+            warnings.append(f"evaluate.{name} has no effect with evaluate.{beside}")
+    if choice.how == "never":
+        warnings += [
+            f"choose.{name} has no effect with choose.how=never"
+            for name in ("share", "steps", "seeds")
+            if getattr(choice, name) != getattr(Choose(), name)
+        ]
 
 
 def _check_data(config: Any, warnings: list[str]) -> None:

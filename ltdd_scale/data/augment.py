@@ -38,7 +38,8 @@ class Views:
 @dataclass
 class ViewSpec:
     """What is drawn: a RandomResizedCrop of area `crop_scale` (or a shift by up to `padding` of
-    `resolution` pixels), a mirror image, `randaugment` operations of `magnitude`/30."""
+    `resolution` pixels), a mirror image, `randaugment` operations of `magnitude`/30. Areas from 1
+    to 1 are whole images: the centre squares of those that are not square, as networks see them."""
 
     resolution: int
     crop_scale: tuple[float, float] | None = None
@@ -52,6 +53,10 @@ class ViewSpec:
         n = len(sizes)
         if self.crop_scale is not None:
             windows = _crop_windows(rng, sizes, self.crop_scale)
+            if (
+                min(self.crop_scale) == 1.0
+            ):  # whole images: no window fits those that are not square
+                windows = centre_windows(sizes)
         else:
             windows = np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1))
             windows[:, :2] = rng.integers(-self.padding, self.padding + 1, (n, 2)) / self.resolution
@@ -103,6 +108,12 @@ def centre_boxes(sizes: np.ndarray) -> np.ndarray:
     """The centre squares of images of `sizes` (width, height), as `pixel_boxes` gives windows."""
     short = sizes.min(1, keepdims=True)
     return np.concatenate([(sizes[:, ::-1] - short) // 2, short, short], 1).astype(np.int32)
+
+
+def centre_windows(sizes: np.ndarray) -> np.ndarray:
+    """The centre squares as windows, float32 [n, 4]: shares of the images."""
+    full = np.tile(sizes[:, ::-1], 2)
+    return (centre_boxes(sizes) / full).astype(np.float32)
 
 
 def hulls(boxes: np.ndarray, starts: np.ndarray) -> np.ndarray:

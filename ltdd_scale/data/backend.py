@@ -26,7 +26,7 @@ def dali_is_installed() -> bool:
 
 def fits_memory(split: ShardSplit, seen: Seen) -> bool:
     """Whether the decoded images of `split` are held in memory."""
-    return len(split) * 3 * seen.resolution**2 <= seen.memory_gb * 2**30
+    return seen.fits(len(split))
 
 
 def resolve_loader(seen: Seen) -> Loader:

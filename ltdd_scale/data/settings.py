@@ -124,6 +124,14 @@ class Seen(Settings):
         "dali: on the GPU where there is one; dali-cpu: on CPU cores, for a GPU that is busy",
     )
 
+    def decoded(self, images: int) -> int:
+        """Bytes of so many images, uint8 [n, 3, R, R]."""
+        return images * 3 * self.resolution**2
+
+    def fits(self, images: int) -> bool:
+        """Whether so many images are held in memory."""
+        return self.decoded(images) <= self.memory_gb * 2**30
+
 
 class Whitened(Settings):
     """ZCA whitening. Hashed only where it is on: sets without it stay what they are."""

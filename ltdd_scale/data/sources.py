@@ -54,11 +54,6 @@ def _hold_out(train: Split, counts: list[int], seed: int) -> tuple[Split, Split]
     return train.take(rest), train.take(np.sort(chosen))
 
 
-def class_counts(data: Data) -> list[int]:
-    """Training images of each class, long tail drawn. Raises `UserError` as `open_source` does."""
-    return list(facts(data).counts)
-
-
 def facts(data: Data) -> Facts:
     """What is known of the set before any shards are written; of a list without looking for its
     files. Raises `UserError` as `open_source` does."""

@@ -30,8 +30,7 @@ def cost(settings: Given, facts: Facts) -> Cost:
     micro = min(train.micro_batch, expert.batch_size)
     steps = expert.epochs * (facts.num_images // expert.batch_size)
     parameters, buffers = _numbers(settings, facts.num_classes)
-    held = facts.num_images * 3 * seen.resolution**2
-    fits = held <= seen.memory_gb * 2**30
+    held, fits = seen.decoded(facts.num_images), seen.fits(facts.num_images)
     moments = 2 if expert.optimizer == "adamw" else 1
     memory = flops.FLOAT * (2 + moments) * parameters
     return Cost(

@@ -134,6 +134,12 @@ def idle(expert: Role) -> dict[str, str]:
         out |= dict.fromkeys(own, f"net={expert.net}")
     if expert.crop_scale:
         out["crop_padding"] = "crop_scale"
+    if expert.optimizer == "adamw":
+        out["momentum"] = "optimizer=adamw"
+    if not expert.randaugment:
+        out["magnitude"] = "randaugment=0"
+    if expert.recipe == "balanced" and not expert.cutmix:
+        out["paste_power"] = "cutmix=0"
     return out
 
 

@@ -40,10 +40,11 @@ def student(settings: Any, facts: Facts) -> Cost:
     passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view * teachers
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
+    whole_set = facts.num_images * _times_decoded(facts.num_images, epochs, seen)
     return Cost(
         flops=(epochs * images * passes + labelled) * flops.forward(*net)
         + whitening.flops(settings, epochs * images),
-        decodes=facts.judged + (facts.num_images if whole else 0),
+        decodes=facts.judged + (whole_set if whole else 0),
         steps=epochs * -(-images // batch),
         memory=held + COPIES * weights + whitening.held(settings),
         activations=batch * flops.activations(*net),
@@ -54,9 +55,14 @@ def student(settings: Any, facts: Facts) -> Cost:
 def _held(which: str, images: int, facts: Facts, seen: Any) -> float:
     """Bytes of the images in memory: those it is trained on and those it is judged on, as far as
     each fit `data.memory_gb`. Random real ones are held whatever they take."""
-    image, most = 3 * seen.resolution**2, seen.memory_gb * 2**30
-    own, judged = images * image, min(facts.judged * image, most)
+    most, own = seen.memory_gb * 2**30, seen.decoded(images)
+    judged = min(seen.decoded(facts.judged), most)
     return judged + (own if which == "random" else min(own, most))
+
+
+def _times_decoded(images: int, epochs: int, seen: Any) -> int:
+    """How often each image is decoded: once where all of them fit into `data.memory_gb`."""
+    return 1 if seen.fits(images) else epochs
 
 
 def _labelled(settings: Any, epochs: int) -> int:
@@ -92,6 +98,6 @@ def verdict(settings: Any, facts: Facts) -> Cost:
     """The judged images and tables of their logits in memory: more of them for pairs of stages.
     What the judged networks cost is not known here, and little."""
     seen = settings.images
-    held = min(facts.judged * 3 * seen.resolution**2, seen.memory_gb * 2**30)
+    held = min(seen.decoded(facts.judged), seen.memory_gb * 2**30)
     tables = 6 if "first" in settings else 2
     return Cost(memory=held + tables * FLOAT * facts.judged * facts.num_classes)

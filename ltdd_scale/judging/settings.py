@@ -12,8 +12,8 @@ from ltdd_scale.labels.settings import Views
 from ltdd_scale.settings import Number, Settings, Switch, Text, Whole, option
 
 
-class Training(Views):
-    """How a student is trained."""
+class Steps(Views):
+    """How a student is trained, whatever its labels: all that matters where they are classes."""
 
     batch_size: Whole = option(25, "images a step", low=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "optimizer")
@@ -25,6 +25,14 @@ class Training(Views):
         "cosine to 0; cosine2: half of a cosine, to half the rate; "
         "steps: halved at 80, 90 and 95 % of the epochs",
     )
+    ema: Number = option(
+        0.99, "moving average of the student's weights; 0: none", low=0, high=0.99999
+    )
+
+
+class Training(Steps):
+    """How a student is trained."""
+
     kappa_ce: Number = option(0.025, "κ1, weight of the cross-entropy with the class", low=0)
     kappa_mse: Number = option(
         1.0, "κ2, weight of the soft term (soft_loss), whichever it is", low=0
@@ -40,9 +48,6 @@ class Training(Views):
         "what an epoch learns from, where there are soft labels; both: the class (κ1) and the soft "
         "label (κ2); soft_hard_soft: HALD's, the first quarter of the epochs soft labels alone "
         "(κ2), the middle half classes alone (weight 1), the last quarter soft labels again",
-    )
-    ema: Number = option(
-        0.99, "moving average of the student's weights; 0: none", low=0, high=0.99999
     )
 
     @property

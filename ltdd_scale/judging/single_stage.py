@@ -13,7 +13,7 @@ from typing import Any
 from ltdd_scale.data.stage import real, seen
 from ltdd_scale.experts.settings import Priors, is_observer
 from ltdd_scale.judging.contract import Protocol, Roles
-from ltdd_scale.judging.settings import Training
+from ltdd_scale.judging.settings import Steps, Training
 from ltdd_scale.labels.catalog import HARD, KINDS, SINGLE, baseline
 from ltdd_scale.labels.stage import labellers, more_labellers
 from ltdd_scale.labels.stage import reads as label_reads
@@ -112,11 +112,17 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
         version=7 if by_kl else 6,  # 7: of images that CutMix mixes, the softmax is mixed
         run="ltdd_scale.judging.student:run",
         reads={
-            "training": Section("evaluate", Training),
+            # With classes nothing is learned from a soft label, and no view is drawn by the
+            # config's seed: such students are the same whatever these are.
+            **(
+                {"training": Section("evaluate", Steps)}
+                if student.labels == HARD
+                else {"training": Section("evaluate", Training), **places("seed")}
+            ),
             **places("evaluate.width", "evaluate.norm", "evaluate.split"),
             **(places("ipc") if small else {}),
             **label_reads(student.labels),
-            **places("seed", "runtime.precision"),
+            **places("runtime.precision"),
             **seen(config),
         },
         given=given,

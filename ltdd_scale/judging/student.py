@@ -25,6 +25,7 @@ from ltdd_scale.judging import choice
 from ltdd_scale.judging.lengths import epochs_of
 from ltdd_scale.judging.metrics import logit_adjusted, metrics
 from ltdd_scale.judging.saved import AS, LOGITS
+from ltdd_scale.judging.settings import Training
 from ltdd_scale.judging.subsets import Part, part_of
 from ltdd_scale.judging.training import Setup, train
 from ltdd_scale.labels import labeller
@@ -67,10 +68,8 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     num_classes = part.num_classes if part else len(split.classes)
     recipe = frozen.recipe(who.net, *shape, num_classes)
     network = build(recipe, setup.key)
-    # BatchNorm has little to learn from one image, and nothing where its maps are one pixel. Only
-    # there a student of all classes takes it along: elsewhere it would change published numbers.
-    small = not registry.trains_on_one(network, settings.images.resolution)
-    if small or (part and registry.norm_layers(network)):
+    setup = joined(setup, network, settings.images.resolution)
+    if part and registry.norm_layers(network):
         setup = dataclasses.replace(setup, joins=True)
     average, history = train(setup, ranks.to_device(network), context)
     if not math.isfinite(history[-1]):
@@ -91,6 +90,14 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     files.write_json(context.out / "result.json", {"row": row, "loss": losses})
     shown = {name: result[name] for name in ("top1", "balanced", "class_std")}
     return {**shown, "note": _note(**shown)}
+
+
+def joined(setup: Setup, network: nn.Module, resolution: int) -> Setup:
+    """`setup` for `network`: BatchNorm has little to learn from one image, and nothing where its
+    maps are one pixel. Only there an image that would be a step alone joins the step before it:
+    elsewhere that would change published numbers."""
+    small = not registry.trains_on_one(network, resolution)
+    return dataclasses.replace(setup, joins=True) if small else setup
 
 
 def key_of(seed: int, part: str = "") -> str:
@@ -122,21 +129,23 @@ def _setup(
     who: Student, settings: Any, context: Context, split: ShardSplit, part: Part | None
 ) -> Setup:
     images, seen = _images(who, settings, context, split), settings.images
+    # Of classes no more is given than matters there.
+    training = Training(**settings.training.model_dump())
     epochs = epochs_of(settings, len(images.labels))
     normalize = prepare(split, context.ranks.device, context.inputs.get("zca"))
     maker = Maker(
         images=images,
         teacher=labeller.load(context),
         normalize=normalize,
-        spec=view_spec(settings.training, seen.resolution, seen.mirror),
-        views=settings.training,
+        spec=view_spec(training, seen.resolution, seen.mirror),
+        views=training,
         relabel=settings.relabel if "relabel" in settings else None,
         num_classes=len(split.classes),
         train_counts=split.counts,
-        seed=settings.seed,
+        seed=settings.seed if "seed" in settings else 0,
         epochs=epochs,
         ranks=context.ranks,
-        temperature=settings.training.kl_temperature,
+        temperature=training.kl_temperature,
         learned=_learned(who, context, len(split.classes)),
         tell=lambda done, total: signals.check(),
     )
@@ -148,7 +157,7 @@ def _setup(
         labels=labels,
         normalize=normalize,
         spec=maker.spec,
-        training=settings.training,
+        training=training,
         epochs=epochs,
         key=key_of(who.seed, who.part),
         title=who.title,

@@ -58,5 +58,5 @@ def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
             **(labellers(config) if kind.teacher else {}),
         },
         cost="ltdd_scale.labels.cost:relabel",
-        help="make the soft labels",
+        help=f"make the labels of the {'distilled' if name == 'relabel' else 'chosen'} images",
     )

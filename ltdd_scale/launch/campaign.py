@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ltdd_scale import recipe
 from ltdd_scale.config import load as configuration
 from ltdd_scale.errors import UserError
 from ltdd_scale.launch.cluster import Cluster, Order, alive
 from ltdd_scale.launch.clusters.catalog import open_cluster
 from ltdd_scale.launch.jobs import Job, Point, Summary, is_done, plan, summary_job
 from ltdd_scale.launch.profile import Profile
+from ltdd_scale.pipeline import graph
+from ltdd_scale.pipeline.store import complete
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.code import PACKAGE, code_digest
 
@@ -59,6 +62,22 @@ class Campaign:
         return table.exists() and all(
             r.stat().st_mtime <= table.stat().st_mtime for r in results if r.exists()
         )
+
+    def left(self) -> list[Job]:
+        """Jobs whose work is needed and not on the disk, in order. What finished stages have read
+        need not be there any more."""
+        wanted: set[str] = set()
+        for point in self.points:
+            nodes = point.nodes
+            missing = {n for n, node in nodes.items() if not complete(node.folder(self.store))}
+            needed = graph.needed(nodes, [recipe.VERDICT], missing)
+            wanted |= {nodes[name].where for name in needed}
+        return [
+            job
+            for job in self.jobs
+            if (job.report or job.summary or not wanted.isdisjoint((*job.nodes, *job.joins)))
+            and not self.done(job)
+        ]
 
     def save(self) -> None:
         record = {
@@ -184,9 +203,7 @@ def missing(campaign: Campaign, living: set[str]) -> list[Job]:
     `living`: ids of jobs that the cluster runs or will run.
     """
     left = [
-        j
-        for j in campaign.jobs
-        if j.summary is None and not campaign.done(j) and campaign.ids.get(j.name) not in living
+        j for j in campaign.left() if j.summary is None and campaign.ids.get(j.name) not in living
     ]
     # A sweep's table is written after whatever is done again.
     return left and left + [j for j in campaign.jobs if j.summary]
@@ -262,7 +279,7 @@ def _clear(
 def describe(campaign: Campaign, profile: Profile, max_jobs: int) -> dict[str, str]:
     """For a dry run: the jobs left, and of each what is run."""
     cluster = campaign.open()
-    todo = [j for j in campaign.jobs if not campaign.done(j)]
+    todo = campaign.left()
     names = {j.name for j in todo}
     around = _Around(campaign.name, profile, snapshot_of(campaign), max_jobs)
     return {

@@ -69,6 +69,7 @@ def run(options: Options, request: Request, absent: bool = False) -> int:
     point = Point("", work.config, work.out, request.source, request.asked)
     made = Campaign(work.config.name, work.out / "jobs", work.store, options.cluster, [point])
     campaign.make(made, wants, force=options.force)
+    limits.check_settings(point.nodes.values())
     if options.dry_run:
         lacking = {point.name} if absent else set()
         return dry_run.show(made, wants, 0, lacking, options.deadline)
@@ -118,7 +119,7 @@ def run_sweep(
         f"report            {out / 'sweep.md'}, {out / 'results.json'}; every point has its own "
         f"page, {out}/<point>/report.html"
     )
-    unfinished = [j for j in made.jobs if j.report and not made.done(j)]
+    unfinished = [j for j in made.left() if j.report]
     return 1 if (unfinished or made.refused) and not report_only else 0
 
 
@@ -128,7 +129,7 @@ def _campaign_of(
     """The campaign of a sweep's points, and those whose images are not here.
 
     A point whose images cannot be read is refused too, unless this is a dry run and its config
-    says what they are.
+    says what they are; and so is one whose settings do not suit its images.
     """
     configs, refused = found.load_points(sets)
     points: list[Point] = []
@@ -142,6 +143,14 @@ def _campaign_of(
             continue
         absent |= {name} if resolved.absent else set()
         points.append(Point(name, resolved.config, out / name, resolved.source, resolved.asked))
+    known = estimate.all_facts(points, store)
+    for point in list(points):
+        try:
+            limits.check_settings(point.nodes.values())
+            estimate.costs([point], known)  # which asks whether the stages can work
+        except UserError as error:
+            refused[point.name] = str(error)
+            points.remove(point)
     if not options.quiet:
         _warn(configs.values())
     made = Campaign(
@@ -161,19 +170,17 @@ def _check(made: Campaign) -> None:
     known = estimate.all_facts(made.points, made.store)
     for line in estimate.surprises(made.points, known):
         print(f"warning: {line}", file=sys.stderr)
-    for point in made.points:
-        mine = [job for job in made.jobs if job.point == point.name]
-        limits.check_jobs(point.nodes, mine, known[point.name], made.store)
+    limits.check_jobs(made.points, made.left(), known, made.store)
 
 
 def _start(made: Campaign, options: Options, wants: Profile, max_jobs: int) -> int | None:
     """Run the campaign here or submit it. The exit code, or None where nothing was left to do."""
-    if all(made.done(j) for j in made.jobs if j.summary is None):
+    if all(j.summary for j in made.left()):
         return None
     cluster, folder = made.open(options.nproc, options.quiet), made.folder.parent
     count = campaign.submit(made, cluster, wants, max_jobs, options.say)
     if not cluster.detached:
-        return 1 if made.refused or not all(made.done(j) for j in made.jobs) else 0
+        return 1 if made.refused or made.left() else 0
     if count:
         print(f"{count} jobs submitted")
     else:

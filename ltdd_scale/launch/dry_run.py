@@ -145,11 +145,12 @@ def _hours(hours: float) -> str:
 
 def _left(made: Campaign, costs: Costs) -> dict[str, Work]:
     """What is left to be made: folder → `Work`. It counts for the first job that makes it."""
+    wanted = {where for job in made.left() for where in (*job.nodes, *job.joins)}
     left: dict[str, Work] = {}
     for point in made.points:
         for name, cost in (costs[point.name] or {}).items():
             node = point.nodes[name]
-            if not store.complete(node.folder(made.store)):
+            if node.where in wanted and not store.complete(node.folder(made.store)):
                 left[node.where] = Work(node, cost)
     return left
 

@@ -47,12 +47,20 @@ class Point:
     def how(self) -> str:
         """Hash of what is not hashed into fingerprints, but is in the requests."""
         location = look_up(self.config, Section("data", Location))
-        text = f"{location.model_dump_json()} {self.config.runtime.model_dump_json()}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(f"{location.model_dump_json()} {self.config.runtime.model_dump_json()}")
+
+    @cached_property
+    def published(self) -> str:
+        """Hash of how the report is written."""
+        return _hash(f"{self.how} {self.config.publish.model_dump_json()}")
 
     @cached_property
     def text(self) -> str:
         return to_yaml(self.config)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,7 @@ class _Plan:
                 nodes=[verdict],
                 needs=[self.maker[verdict]],
                 report=str(point.out),
+                how=point.published,
                 wants=self.profile.of(recipe.REPORT),
             )
         )

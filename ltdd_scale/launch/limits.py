@@ -17,7 +17,7 @@ from typing import Any
 from ltdd_scale.data import sources
 from ltdd_scale.errors import UserError
 from ltdd_scale.launch import perform
-from ltdd_scale.launch.jobs import Job
+from ltdd_scale.launch.jobs import Job, Point
 from ltdd_scale.pipeline.graph import Node
 from ltdd_scale.pipeline.store import complete
 from ltdd_scale.runtime import files
@@ -154,33 +154,36 @@ def check_sizes(
             f"{_gb(have)} {there}: lower {by_name[hungriest].smaller}{fewer}",
             force,
         )
-    check_disk(nodes, found, store, force)
+    check_disk([(n, found[n.name]) for n in nodes if n.name in found], store, force)
 
 
 def check_jobs(
-    nodes: Mapping[str, Node], jobs: Iterable[Job], facts: Facts | None, store: Path
+    points: Iterable[Point], jobs: Iterable[Job], known: Mapping[str, Facts | None], store: Path
 ) -> None:
-    """The jobs of one config: their settings, the memory that each is given, the disk of all.
+    """Jobs that are left: the memory that each is given, the disk of all together.
 
-    Memory is compared for jobs without GPUs alone: it is theirs that networks need. `facts`: None
-    where nothing is known of the set here.
+    Memory is compared for jobs without GPUs alone: it is theirs that networks need. `known`: what
+    is known of each point's set, None where nothing is.
     """
     jobs = list(jobs)
     force = any(request.force for job in jobs for request in job.requests)
-    left = [n for n in nodes.values() if not complete(n.folder(store))]
-    check_settings(left)
-    if facts is None:
-        return
-    found = costs(left, facts)
-    check_disk(left, found, store, force)
+    wanted = {where for job in jobs for where in (*job.nodes, *job.joins)}
+    work: dict[str, tuple[Node, Cost]] = {}  # by folder: points share some
+    for point in points:
+        facts, nodes = known[point.name], point.nodes.values()
+        new = [n for n in nodes if n.where in wanted and n.where not in work]
+        new = [n for n in new if not complete(n.folder(store))]
+        found = costs(new, facts) if facts is not None else {}
+        work |= {n.where: (n, found[n.name]) for n in new if n.name in found}
+    check_disk(work.values(), store, force)
     for job in jobs:
         ranks, given = job.wants.tasks_per_node, job.wants.mem_gb * 2**30
-        mine = [n for n in left if n.where in job.nodes and n.name in found]
         if not given or job.wants.gpus_per_node:
             continue
-        for node in mine:
-            cost = found[node.name]
-            need = (cost.memory + cost.activations + PYTHON) * ranks + cost.batch
+        for node, cost in (work[where] for where in job.nodes if where in work):
+            # A batch is that of the ranks of all nodes.
+            batch = cost.batch / job.wants.nodes
+            need = (cost.memory + cost.activations + PYTHON) * ranks + batch
             if need > given:
                 _refuse(
                     f"{node.name} needs about {_gb(need)} of memory, and the profile gives its "
@@ -189,18 +192,17 @@ def check_jobs(
                 )
 
 
-def check_disk(nodes: list[Node], found: dict[str, Cost], store: Path, force: bool) -> None:
+def check_disk(work: Iterable[tuple[Node, Cost]], store: Path, force: bool) -> None:
     """Disk of all stages that are left against what is free under the store."""
-    smaller = {n.name: n.stage.smaller for n in nodes}
-    folders = {n.name: n.folder(store) for n in nodes}
     # What an interrupted stage has written is there already.
-    left = {name: max(c.disk - _written(folders[name]), 0.0) for name, c in found.items()}
-    asked, have = sum(left.values()), free_disk(store)
+    left = [(max(c.disk - _written(n.folder(store)), 0.0), n) for n, c in work]
+    asked, have = sum(size for size, _ in left), free_disk(store)
     if asked > have:
-        largest = max(left, key=lambda name: left[name])
+        _, largest = max(left, key=lambda one: one[0])
         _refuse(
-            f"the stages that are left need about {_gb(asked)} of disk ({largest} most), and "
-            f"{store} has {_gb(have)} free: lower {smaller[largest]}, or choose another --store",
+            f"the stages that are left need about {_gb(asked)} of disk ({largest.name} most), and "
+            f"{store} has {_gb(have)} free: lower {largest.stage.smaller}, or choose another "
+            "--store",
             force,
         )
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from ltdd_scale import session
 from ltdd_scale.launch import limits, perform
@@ -147,8 +146,3 @@ def _ask_to_stop(workers: list[subprocess.Popen]) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(signal.SIGUSR2)  # SIGTERM only saves in a SLURM step
-
-
-def store_of(out: Path, store: Path | None) -> Path:
-    """Where stages keep their results: shared between the runs of one folder unless told."""
-    return (store or out.parent / "store").absolute()

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ltdd_scale.errors import UserError
@@ -40,11 +41,15 @@ class Look:
     known: dict[str, State]
     silent: str = ""
 
+    @cached_property
+    def _left(self) -> set[str]:
+        return {job.name for job in self.campaign.left()}
+
     def state(self, job: Job) -> JobState:
         number = self.campaign.ids.get(job.name)
         mine = [s for i, s in self.known.items() if number and i.split("_")[0] == number]
         restarts = sum(s.restarts for s in mine)
-        if self.campaign.done(job):
+        if job.name not in self._left:
             return JobState("done", restarts)
         if number is None:
             return JobState("to do")
@@ -81,8 +86,7 @@ class Look:
         return JobState("failed", restarts, error or ", ".join(reasons))
 
     def _why_stopped(self, job: Job, mine: list[State]) -> str:
-        undone = {j.name for j in self.campaign.jobs if not self.campaign.done(j)}
-        broken = [n for n in job.needs if n in undone]
+        broken = [n for n in job.needs if n in self._left]
         return f"needs {broken[0]}" if broken else "cancelled"
 
     def progress(self, job: Job) -> str:

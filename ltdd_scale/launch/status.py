@@ -153,6 +153,10 @@ def verify(path: Path) -> int:
     if (path / RECORD).exists():
         record = files.read_json(path / RECORD)
         folders = [Path(record["store"]) / f for f in dict.fromkeys(record["stages"].values())]
+        # A run need not have all: it may go on, and what finished stages have read may be deleted.
+        for folder in [f for f in folders if not (f / store.RECORD).exists()]:
+            print(f"{folder}: {'not finished' if folder.exists() else 'not there any more'}")
+            folders.remove(folder)
         folders += [path / "distilled"] * (path / "distilled" / "files.json").exists()
     wrong = []
     for folder in folders:

@@ -51,7 +51,9 @@ class _Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=aside):
+        # Other threads may decode and pin images meanwhile, which the usual mode would not stand.
+        capture = torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local")
+        with capture:
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

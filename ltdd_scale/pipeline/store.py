@@ -76,9 +76,11 @@ def parts_done(folder: Path, n: int) -> bool:
 
 
 def is_running(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
+    """Whether a process works there. Another user's folder is looked at without writing."""
+    path = folder / ".lock"
+    if not path.exists():
         return False
-    fd = os.open(folder / ".lock", os.O_RDWR)
+    fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     try:
         return not files.lock(fd, fcntl.LOCK_EX)
     finally:

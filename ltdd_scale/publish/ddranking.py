@@ -95,7 +95,7 @@ def _images(opened: Opened, path: Path, mean: list[float], std: list[float]) -> 
             os.posix_fallocate(file.fileno(), 0, mapped.stat().st_size)
         at, scale = (np.asarray(v, np.float32)[:, None, None] for v in (mean, std))
         for row, sample in enumerate(opened.samples()):
-            held[row] = (decode(sample.content).astype(np.float32) / 255 - at) / scale
+            held[row] = (decode(sample.content, sample.name).astype(np.float32) / 255 - at) / scale
         _save(torch.from_numpy(held), path)
     finally:
         mapped.unlink(missing_ok=True)

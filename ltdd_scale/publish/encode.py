@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from ltdd_scale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class Encoding:
         return {"format": "JPEG", "quality": self.quality, "subsampling": 0, "optimize": True}
 
 
-def decode(content: bytes) -> np.ndarray:
-    """The pixels uint8 [3, R, R] of an image file's bytes."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+def decode(content: bytes, name: str | Path) -> np.ndarray:
+    """The pixels uint8 [3, R, R] of an image file's bytes. Raises `UserError`, which says `name`,
+    where they are no image."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: not an image that can be read ({error})") from None

@@ -255,7 +255,7 @@ def _recode(opened: Opened, fresh: Path, encoding: Encoding) -> dict[str, Any]:
         return _put_images(
             fresh,
             encoding,
-            ((name, [decode(p.read_bytes()) for p in found]) for name, found in named),
+            ((name, [decode(p.read_bytes(), p) for p in found]) for name, found in named),
         )
     total = 0
     for name, found in named:

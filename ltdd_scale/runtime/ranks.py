@@ -157,7 +157,7 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     do not compute on the same kind of device, or two on the same GPU.
     """
     here = place.here()
-    kind = _kind(device)
+    kind = _kind(device, here.in_slurm)
     local = here.local_rank
     if kind == "cuda":
         if here.in_step and torch.cuda.device_count() == 1:
@@ -173,11 +173,12 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     return Ranks(here.rank, here.world_size, on, dtype)
 
 
-def _kind(device: str) -> str:
+def _kind(device: str, in_slurm: bool) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
+        error = PassingError if in_slurm else UserError  # another turn may get another node
+        raise error(
             "runtime.device=cuda, but torch sees no GPU here: use --set runtime.device=cpu, "
             "or check the driver"
         )
@@ -322,7 +323,7 @@ def _meet(folder: Path, here: place.Place, timeout: datetime.timedelta) -> dist.
             # A network file system may remember for long that a file is not there.
             os.listdir(folder) if folder.exists() else None
         time.sleep(0.1)
-    raise UserError(
+    raise PassingError(
         f"rank {here.rank} has waited 5 minutes for rank 0's note {note}: is the store on a file "
         "system that all nodes share?"
     )

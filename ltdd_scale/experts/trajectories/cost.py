@@ -63,9 +63,8 @@ def _head(network: Network, seen: Seen, facts: Facts) -> int:
 def _held(settings: Given, facts: Facts) -> float:
     """Bytes of the decoded set, where it is held in memory, and of the whitening."""
     seen = settings.images
-    held = facts.num_images * 3 * seen.resolution**2
-    fits = held <= seen.memory_gb * 2**30
-    return (held if fits else 0) + whitening.held(settings)
+    held = seen.decoded(facts.num_images) if seen.fits(facts.num_images) else 0
+    return held + whitening.held(settings)
 
 
 def _whitened(settings: Given, own: Descent) -> float:

@@ -142,7 +142,7 @@ class Task:
         code = self._work(here)
         if code == signals.STOP_CODE:
             _make_room(here)
-        if code == 1 and here.is_main:  # trying again would not help
+        if code == 1:  # whichever rank it is: trying again would not help
             note = folder / "ends" / f"{here.job}.final"
             files.write_text(note, "the error is in the job's log\n")
         sys.stdout.flush()

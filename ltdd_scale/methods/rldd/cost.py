@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
-
 from ltdd_scale.methods.rldd import chunks, guard, matched
 from ltdd_scale.methods.rldd.settings import Net
 from ltdd_scale.models import areas, flops, registry
@@ -134,13 +132,12 @@ def _weights(measures: flops.Measures, facts: Facts) -> float:
 
 def _images(number: int, seen: Any) -> float:
     """Bytes of images, uint8 [n, 3, R, R]."""
-    return float(number * 3 * seen.resolution**2)
+    return float(seen.decoded(number))
 
 
 def _decoded(seen: Any, facts: Facts) -> float:
     """Bytes of the real set where it is held in memory."""
-    size = _images(facts.num_images, seen)
-    return size if size <= seen.memory_gb * 2**30 else 0.0
+    return _images(facts.num_images, seen) if seen.fits(facts.num_images) else 0.0
 
 
 def _moments(net: Net, size: int, conv_inputs: bool, facts: Facts) -> float:
@@ -150,7 +147,7 @@ def _moments(net: Net, size: int, conv_inputs: bool, facts: Facts) -> float:
 
 @cache
 def _columns(net: str, width: int, norm: str, size: int, conv_inputs: bool) -> int:
-    with torch.device("meta"):
+    with registry.on_meta(net):
         model = registry.backbone(net, width, norm, size)
     channels = [layer.num_features for layer in registry.norm_layers(model).values()]
     if conv_inputs:

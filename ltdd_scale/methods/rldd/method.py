@@ -43,7 +43,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
     initialize = Stage(
         name="initialize",
         kind="initialize",
-        version=3,
+        version=4,  # 4: whole images are centre squares, however they are decoded
         run=f"{HERE}.initialize:run",
         reads={
             "initialize": "initialize",
@@ -53,7 +53,7 @@ def stages(config: Any) -> tuple[Stage, ...]:
         },
         inputs={"shard": "shard", **judge},
         cost=f"{HERE}.cost:initialize",
-        help="choose crops to start from",
+        help="choose the real images to start from",
     )
     recover = Stage(
         name="recover",
@@ -146,6 +146,18 @@ def check(config: Any) -> list[str]:
     warnings += _check_terms(recover)
     if not config.calibrate.fair and recover.classwise not in (0.0, Recover().classwise):
         warnings.append("recover.classwise has no effect with calibrate.fair=false")
+    return warnings + _check_calibrate(config.calibrate)
+
+
+def _check_calibrate(calibrate: Calibrate) -> list[str]:
+    unread = () if calibrate.fair else ("lead", "conv_inputs", "variance", "recalibrate")
+    warnings = [
+        f"calibrate.{name} has no effect with calibrate.fair=false"
+        for name in unread
+        if getattr(calibrate, name) != getattr(Calibrate(), name)
+    ]
+    if calibrate.fair and calibrate.lead and not calibrate.recalibrate:
+        warnings.append("calibrate.lead has no effect with calibrate.recalibrate=false")
     return warnings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -202,6 +203,16 @@ def bounds(order: np.ndarray, groups: Sequence[Sequence[int]]) -> list[int]:
     return changes if len(changes) == len(set(owners)) - 1 else []
 
 
+def _dendrogram(linkage: np.ndarray) -> dict:
+    """scipy's, which calls itself once a level: a tree of classes may be one long chain."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 1000 + 4 * len(linkage)))
+    try:
+        return hierarchy.dendrogram(linkage, no_plot=True)
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @drawn
 def tree(
     classes: Sequence[str],
@@ -212,7 +223,7 @@ def tree(
     """The tree of classes, leaves with their training images n_c; the groups' colours at the
     leaves; a dotted line where one cut through the tree makes just these groups."""
     linkage = np.asarray(linkage, float)
-    found = hierarchy.dendrogram(linkage, no_plot=True)
+    found = _dendrogram(linkage)
     order, num_classes = found["leaves"], len(classes)
     named = num_classes <= 2 * NAMED
     figure, axes = one(7.2, min(1.2 + 0.19 * num_classes, 9.0) if named else 7.0)
