@@ -158,6 +158,34 @@ def test_folders_that_are_no_set(tmp_path):
         sources.open_source(Data(source="folder", path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("split", ["train", "."])
+def test_a_share_of_each_class_is_tested_on_where_there_are_no_test_images(tmp_path, split):
+    """As people have their images: a folder a class, and nothing else."""
+    image_folder(tmp_path, {"a": 20, "b": 7, "c": 2}, split)
+    data = Data(source="folder", path=str(tmp_path), profile="full", val_fraction=0.1)
+    with pytest.raises(UserError, match=r"data\.test_fraction holds out"):
+        sources.open_source(data)
+    data = data.model_copy(update={"test_fraction": 0.2})
+    found = sources.open_source(data)
+    counts = [np.bincount(s.labels).tolist() for s in (found.train, found.test)]
+    assert counts == [[14, 5, 1], [4, 1, 1]] and found.val is not None
+    names = [set(s.names) for s in (found.train, found.test, found.val)]
+    assert sum(map(len, names)) == 29 == len(set.union(*names))
+    assert set(sources.open_source(data).test.names) == names[1]
+    assert sources.facts(data).counts == (14, 5, 1)
+    # What is tested on does not depend on what is learned from.
+    fewer = data.model_copy(update={"profile": "exponential", "imbalance_factor": 3.0})
+    assert set(sources.open_source(fewer).test.names) == names[1]
+    assert sources.kind(data).digest(data)
+    image_folder(tmp_path, {"d": 1}, split)
+    with pytest.raises(UserError, match="class d has fewer than two images"):
+        sources.open_source(data)
+    if split == "train":
+        image_folder(tmp_path, {"a": 1, "b": 1, "c": 1, "d": 1}, "test")
+        with pytest.raises(UserError, match="there are test images in"):
+            sources.open_source(data)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_file_that_a_list_names_twice(tmp_path, label):
     data = lists(tmp_path, f"train/a/000.png 0\ntrain/b/000.png 1\n\ntrain/./a/000.png {label}\n")

@@ -257,6 +257,8 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         )
     if data.profile == "counts" and not data.counts:
         raise UserError("data.counts: needed with data.profile=counts")
+    if data.test_fraction and data.source != "folder":
+        warnings.append(f"data.test_fraction has no effect with data.source={data.source}")
     held = [f"data.{n}" for n in ("val_per_class", "val_list") if getattr(data, n)]
     held += ["data.source=shards"] if data.source == "shards" else []
     if data.val_fraction and held:

@@ -1,4 +1,5 @@
-"""Folders of images as a source: <split>/<class>/…, Tiny-ImageNet's, torchvision's CIFAR."""
+"""Folders of images as a source: <split>/<class>/… or <class>/…, Tiny-ImageNet's, torchvision's
+CIFAR."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltdd_scale.data import cifar
+import numpy as np
+
+from ltdd_scale.data import cifar, longtail
 from ltdd_scale.data.settings import Data
 from ltdd_scale.data.split import IMAGE_NAMES, Source, Split, from_files
 from ltdd_scale.errors import UserError
@@ -17,12 +20,19 @@ from ltdd_scale.runtime import files
 
 @dataclass(frozen=True)
 class _Layout:
-    """`held` is the split that is tested on; `annotations` tell its classes in Tiny-ImageNet."""
+    """`train` is the folder of the classes' folders, "" where that is the root itself. `held` is
+    the split that is tested on, "" where test images are a share of the others; `annotations` tell
+    its classes in Tiny-ImageNet."""
 
     root: Path
     classes: list[str]
+    train: str
     held: str
     annotations: Path | None = None
+
+    def folder(self, split: str, name: str) -> str:
+        """Of a class, relative to the root."""
+        return f"{split}/{name}" if split else name
 
 
 def open_all(data: Data) -> Source:
@@ -30,8 +40,26 @@ def open_all(data: Data) -> Source:
     root = _root(data)
     if found := cifar.find(root):
         return cifar.open_all(*found)
-    layout = _layout(root)
-    return Source(layout.classes, _split(layout, "train"), _test(layout))
+    layout = _layout(root, data.test_fraction)
+    everything = _split(layout, layout.train)
+    if layout.held:
+        return Source(layout.classes, everything, _test(layout))
+    return Source(layout.classes, *_shared_out(everything, layout, data))
+
+
+def _shared_out(everything: Split, layout: _Layout, data: Data) -> tuple[Split, Split]:
+    """(training, test) images: a share of each class is tested on."""
+    counts = np.bincount(everything.labels, minlength=len(layout.classes)).tolist()
+    if few := [name for name, n in zip(layout.classes, counts, strict=True) if n < 2]:
+        raise UserError(
+            f"data.test_fraction: class {few[0]} has fewer than two images ({len(few)} such "
+            "classes): one is to be learned from, one to be tested on; take it out, or give test "
+            f"images in {layout.root / 'test'}"
+        )
+    held = longtail.held_out(counts, data.test_fraction)
+    test = np.sort(longtail.choose(everything.labels, held, data.split_seed + 2))
+    rest = np.setdiff1d(np.arange(len(everything.names)), test)
+    return everything.take(rest), everything.take(test)
 
 
 def digest(data: Data) -> str:
@@ -43,14 +71,14 @@ def digest(data: Data) -> str:
     root = _root(data)
     if found := cifar.find(root):
         return cifar.digest(*found)
-    layout = _layout(root)
-    lines = []
+    layout = _layout(root, data.test_fraction)
+    lines, tops = [], []
     if layout.annotations:
         shown, tops = hashlib.sha256(layout.annotations.read_bytes()).hexdigest(), ["val"]
         lines.append(f"{layout.annotations.name}\0{shown}\n".encode())
-    else:
-        tops = [f"{layout.held}/{name}" for name in layout.classes]
-    for top in [*(f"train/{name}" for name in layout.classes), *tops]:
+    elif layout.held:
+        tops = [layout.folder(layout.held, name) for name in layout.classes]
+    for top in [*(layout.folder(layout.train, name) for name in layout.classes), *tops]:
         for name, entry in _images(layout.root, top):
             lines.append(os.fsencode(f"{name}\0{_size(entry)}\n"))
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
@@ -65,30 +93,39 @@ def _root(data: Data) -> Path:
     return root
 
 
-def _layout(root: Path) -> _Layout:
-    if not (root / "train").is_dir():
+def _layout(root: Path, test_fraction: float) -> _Layout:
+    train = "train" if (root / "train").is_dir() else ""
+    if not train and not test_fraction:
         raise UserError(
-            f"{root}: found neither train/<class>/…, cifar-10-batches-py nor cifar-100-python"
+            f"{root}: found neither train/<class>/…, cifar-10-batches-py nor cifar-100-python; "
+            f"of folders {root}/<class>/… data.test_fraction holds out test images, 0.2 say"
         )
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    there = [p.name for p in (root / train).iterdir() if p.is_dir()]
+    classes = sorted(name for name in there if train or not name.startswith("."))
     if not classes:
-        raise UserError(f"{root / 'train'}: no class folders in it")
+        raise UserError(f"{root / train}: no class folders in it")
     annotations = root / "val" / "val_annotations.txt"
-    if annotations.exists():
-        return _Layout(root, classes, "val", annotations)
-    held = next((s for s in ("test", "val") if (root / s).is_dir()), None)
-    if held is None:
+    held = next((s for s in ("test", "val") if train and (root / s).is_dir()), "")
+    if held and test_fraction:
         raise UserError(
-            f"{root}: no test/<class>/… (or val/<class>/…) folder to judge the result on"
+            f"data.test_fraction: there are test images in {root / held}: set it to 0, or move them"
         )
-    return _Layout(root, classes, held)
+    if annotations.exists() and train:
+        return _Layout(root, classes, train, "val", annotations)
+    if not held and not test_fraction:
+        raise UserError(
+            f"{root}: no test/<class>/… (or val/<class>/…) folder to judge the result on; "
+            "data.test_fraction holds out a share of the training images, 0.2 say"
+        )
+    return _Layout(root, classes, train, held)
 
 
 def _split(layout: _Layout, split: str) -> Split:
     """Images under split/<class>/, at any depth (Tiny-ImageNet has …/images/), sorted by name."""
     names, labels = [], []
     for label, name in enumerate(layout.classes):
-        found = sorted(name for name, _ in _images(layout.root, f"{split}/{name}"))
+        folder = layout.folder(split, name)
+        found = sorted(name for name, _ in _images(layout.root, folder))
         names += found
         labels += [label] * len(found)
     _refuse_odd(layout.root, names)

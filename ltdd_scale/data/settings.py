@@ -24,8 +24,9 @@ class Location(Settings):
 
     path: Text = option(
         "",
-        "folder: <split>/<class>/…, torchvision's CIFAR folder or Tiny-ImageNet's; list: the "
-        "root that list lines start from; shards: a shard set",
+        "folder: train/<class>/… and test/<class>/…, or <class>/… with data.test_fraction, "
+        "torchvision's CIFAR folder or Tiny-ImageNet's; list: the root that list lines start from; "
+        "shards: a shard set",
     )
     train_list: Text = option(
         "",
@@ -70,6 +71,13 @@ class Chosen(Settings):
     test_per_class: Whole = option(
         0, "images a class held out for testing where the source has no test split (digits)", low=0
     )
+    test_fraction: Number = option(
+        0.0,
+        "share of the images of each class held out for testing, for a folder without test images: "
+        "round(n · share), at least one, never all",
+        low=0,
+        high=0.9,
+    )
     val_per_class: Whole = option(
         0,
         "training images a class held out for validation before the long tail is drawn; counts: of "
@@ -99,12 +107,10 @@ class Chosen(Settings):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`val_fraction` is written, and so hashed, only where it is on: sets without it stay what
+        """Shares are written, and so hashed, only where they are on: sets without them stay what
         they are."""
-        values = write(self)
-        if not self.val_fraction:
-            values.pop("val_fraction", None)
-        return values
+        shares = ("test_fraction", "val_fraction")
+        return {k: v for k, v in write(self).items() if k not in shares or v}
 
 
 class Seen(Settings):

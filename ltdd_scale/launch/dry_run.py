@@ -75,8 +75,9 @@ def show(
     for job in made.jobs:
         if job.name in scripts:
             print(_line(job, scripts, work[job.name], on))
-    for name, text in scripts.items():
-        print(f"\n# ---- {name}\n{text.rstrip()}")
+    if made.open().detached:  # on this machine a job is a line of the list above
+        for name, text in scripts.items():
+            print(f"\n# ---- {name}\n{text.rstrip()}")
     if any(work[name] for name in scripts):
         _say_all([work[name] for name in scripts], on)
         if hours is not None:
