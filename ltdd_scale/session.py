@@ -166,7 +166,8 @@ def execute(session: Session) -> None:
     request, runtime = session.request, session.config.runtime
     # A node for sharding alone need not have a GPU.
     device = "cpu" if set(session.targets) <= {recipe.SHARD} else runtime.device
-    peers = ranks.join(device, runtime.precision, runtime.threads, session.store / ".meet")
+    how = runtime.precision, runtime.threads, session.store / ".meet", runtime.ranks_per_gpu
+    peers = ranks.join(device, *how)
     how = run.How(
         facts=lambda: shards.facts(session.nodes[recipe.SHARD].folder(session.store)),
         workers=runtime.workers,

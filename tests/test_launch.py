@@ -1,9 +1,16 @@
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-from conftest import ROOT
+import pytest
+import torch
+from conftest import ROOT, TINY, cli
+
+from ltdd_scale.errors import UserError
+from ltdd_scale.launch import limits, run
+from ltdd_scale.runtime.settings import Runtime
 
 PROGRAM = """
 import os, sys, time, signal, types
@@ -35,6 +42,33 @@ def ranks(what, **kwargs):
         text=True,
         **kwargs,
     )
+
+
+def test_ranks_that_share_a_gpu(monkeypatch):
+    """Of one that is not there: how many are started, and how many are refused."""
+    monkeypatch.setattr(limits, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run.default_ranks(Runtime()) == 2 and run.default_ranks(Runtime(ranks_per_gpu=3)) == 6
+    limits.check_ranks(6, "auto", False, 3)
+    with pytest.raises(UserError, match=r"--nproc 7, but there are 2 GPUs: use --nproc 6"):
+        limits.check_ranks(7, "auto", False, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_on_one_gpu_make_the_images_of_one(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    made = []
+    for number in (1, 2):
+        where = ["--out", tmp_path / f"r{number}", "--store", tmp_path / "store"]
+        sets = ["runtime.precision=float32", f"runtime.ranks_per_gpu={number}"]
+        done = cli("recover", tmp_path / "tiny.yaml", *where, "--nproc", number, "--set", *sets)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / "store" / "recover").iterdir()
+        made.append({p.name: p.read_bytes() for p in folder.glob("*.npy")})
+        shutil.rmtree(folder)  # and again, under the same experts
+    assert made[0] == made[1] and made[0]
 
 
 def test_all_end_well():

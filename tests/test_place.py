@@ -107,6 +107,11 @@ def test_ranks_that_cannot_work_together_are_refused():
         ranks.refuse_unlike([first, cpu, second], in_slurm=True)
     with pytest.raises(UserError, match=r"ranks share a GPU \(GPU-a: rank 0, 2\)"):
         ranks.refuse_unlike([first, second, first])
+    ranks.refuse_unlike([first, second, first], per_gpu=2)
+    with pytest.raises(UserError, match=r"GPU-a: rank 0, 1, 2"):
+        ranks.refuse_unlike([first, first, first, second], per_gpu=2)
+    assert ranks.backends("cuda") == "cpu:gloo,cuda:nccl"
+    assert ranks.backends("cuda", 2) == ranks.backends("cpu") == "gloo"
     h100, a100 = (own._replace(model=m) for own, m in ((first, "H100"), (second, "A100")))
     with pytest.raises(UserError, match=r"different GPUs \(H100: rank 0; A100: rank 1\)"):
         ranks.refuse_unlike([h100, a100])

@@ -85,6 +85,8 @@ def check(config: Any) -> list[str]:
     _check_whitening(config, warnings)
     _check_publish(config, warnings)
     _check_idle(config, warnings)
+    if config.runtime.ranks_per_gpu > 1 and config.runtime.device == "cpu":
+        warnings.append("runtime.ranks_per_gpu has no effect with runtime.device=cpu")
     choose.check(config)
     if not config.evaluate.crop_scale:
         raise UserError("evaluate.crop_scale: expected two areas; [1.0, 1.0] keeps whole images")
@@ -102,6 +104,11 @@ def check(config: Any) -> list[str]:
     warnings += without_effect(config)
     if config.train.engine == "deepspeed" and config.train.compile:
         raise UserError("train.compile works with train.engine=ddp only")
+    if config.train.engine == "deepspeed" and config.runtime.ranks_per_gpu > 1:
+        raise UserError(
+            "runtime.ranks_per_gpu: DeepSpeed's ranks have a GPU each; set it to 1, or "
+            "train.engine=ddp"
+        )
     if config.train.engine != "deepspeed" and config.train.deepspeed != Train().deepspeed:
         warnings.append("train.deepspeed has no effect with train.engine=ddp")
     for role in ("observer", "teacher"):

@@ -23,7 +23,7 @@ from ltdd_scale.errors import UserError
 from ltdd_scale.experts.settings import Engine, Expert
 from ltdd_scale.runtime import files, place, signals
 from ltdd_scale.runtime.checkpoint import Checkpoints, not_ours
-from ltdd_scale.runtime.ranks import Ranks
+from ltdd_scale.runtime.ranks import Ranks, backends
 
 Saved = tuple[int, dict[str, Any]]  # the step, and the state that the trainer gave to `save`
 
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
         self.parts, self._last = setup.micro_batches, time.monotonic()
         if not dist.is_initialized():  # DeepSpeed wants one, with one rank too
             dist.init_process_group(
-                "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                backends(ranks.device.type),
                 store=dist.HashStore(),
                 rank=0,
                 world_size=1,

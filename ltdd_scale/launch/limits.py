@@ -46,7 +46,8 @@ def check(work: Session, num_ranks: int) -> dict[str, Any]:
     `num_ranks`: ranks on this machine.
     """
     nodes = [work.nodes[name] for name in work.pending()]
-    check_ranks(num_ranks, work.config.runtime.device, work.request.force)
+    runtime = work.config.runtime
+    check_ranks(num_ranks, runtime.device, work.request.force, runtime.ranks_per_gpu)
     known = _asked_before(work)
     if not all(n.fingerprint in known for n in nodes):
         check_settings(nodes)
@@ -57,7 +58,8 @@ def check(work: Session, num_ranks: int) -> dict[str, Any]:
         new = {n.fingerprint: asdict(found[n.name]) if n.name in found else None for n in nodes}
         known = {**known, **new}
     wanted = any(n.stage.resources is not Resources.CPU for n in nodes)
-    gpu = gpu_memory() if wanted and work.config.runtime.device != "cpu" else 0.0
+    gpu = gpu_memory() if wanted and runtime.device != "cpu" else 0.0
+    gpu /= min(runtime.ranks_per_gpu, num_ranks)  # they share it
     found = {n.name: Cost(**c) for n in nodes if (c := known[n.fingerprint])}
     check_sizes(nodes, found, work.store, num_ranks, work.request.force, gpu)
     return known
@@ -78,16 +80,20 @@ def remember(work: Session, known: dict[str, Any]) -> None:
         files.write_json(work.out / COSTS, known)
 
 
-def check_ranks(num: int, device: str, force: bool) -> None:
-    """Ranks against GPUs, or against cores where there are none."""
+def check_ranks(num: int, device: str, force: bool, per_gpu: int = 1) -> None:
+    """Ranks against GPUs, of which each takes `per_gpu`, or against cores where there are none."""
     if num <= 1:
         return
     if device != "cpu" and may_have_gpu():
         import torch
 
         gpus = torch.cuda.device_count()
-        if torch.cuda.is_available() and num > gpus:
-            _refuse(f"--nproc {num}, but there are {gpus} GPUs: use --nproc {gpus}", force)
+        if torch.cuda.is_available() and num > gpus * per_gpu:
+            _refuse(
+                f"--nproc {num}, but there are {gpus} GPUs: use --nproc {gpus * per_gpu}, or let "
+                "more ranks share one with runtime.ranks_per_gpu",
+                force,
+            )
         if torch.cuda.is_available():
             return
     most = RANKS_A_CORE * cores()
@@ -146,7 +152,7 @@ def check_sizes(
 
     hungriest, have = max(found, key=memory, default=None), gpu or free_memory()
     if hungriest is not None and memory(hungriest) > have:
-        where = "a GPU" if gpu else f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+        where = "what a rank has of a GPU" if gpu else f"{num_ranks} rank{'s' * (num_ranks > 1)}"
         there = "are there" if gpu else "are free"
         fewer = " or --nproc" if num_ranks > 1 and not gpu else ""
         _refuse(

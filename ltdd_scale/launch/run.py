@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from ltdd_scale import session
 from ltdd_scale.launch import limits, perform
@@ -37,7 +38,7 @@ def run(request: Request, nproc: int | None = None, max_restarts: int = 3) -> in
     if not work.pending():
         session.enter(work)
         return perform.finish(work)
-    num = nproc or default_ranks(work.config.runtime.device)
+    num = nproc or default_ranks(work.config.runtime)
     asked = limits.check(work, num)
     session.enter(work)  # only now: a request that is refused leaves the run folder as it was
     limits.remember(work, asked)
@@ -48,13 +49,13 @@ def run(request: Request, nproc: int | None = None, max_restarts: int = 3) -> in
     return perform.finish(work)
 
 
-def default_ranks(device: str) -> int:
-    """One rank a GPU; without GPUs one a core, up to 8."""
-    if device != "cpu" and limits.may_have_gpu():
+def default_ranks(runtime: Any) -> int:
+    """One rank a GPU, or `ranks_per_gpu`; without GPUs one a core, up to 8."""
+    if runtime.device != "cpu" and limits.may_have_gpu():
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.device_count()
+            return torch.cuda.device_count() * runtime.ranks_per_gpu
     return min(limits.cores(), MAX_CPU_RANKS)
 
 

@@ -148,17 +148,21 @@ class Agreement:
         return tuple(map(bool, bits.tolist()))
 
 
-def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> Ranks:
+def join(
+    device: str, precision: str, threads: int, meeting: Path = Path(), per_gpu: int = 1
+) -> Ranks:
     """Join the process group that the environment describes (torchrun, `--nproc`, a SLURM step),
     or be alone.
 
-    The tasks of a SLURM step find each other by a note in the shared folder `meeting`.
+    The tasks of a SLURM step find each other by a note in the shared folder `meeting`. `per_gpu`:
+    ranks that share a GPU.
     Raises `UserError` for a half-set environment, for a GPU that is not there, and where the ranks
-    do not compute on the same kind of device, or two on the same GPU.
+    do not compute on the same kind of device, or more than
+    `per_gpu` on the same GPU.
     """
     here = place.here()
     kind = _kind(device, here.in_slurm)
-    local = here.local_rank
+    local = here.local_rank // per_gpu
     if kind == "cuda":
         if here.in_step and torch.cuda.device_count() == 1:
             local = 0  # SLURM shows each task its own GPU only
@@ -167,7 +171,7 @@ def join(device: str, precision: str, threads: int, meeting: Path = Path()) -> R
     auto = "bfloat16" if kind == "cuda" else "float32"
     precision = auto if precision == "auto" else precision
     if here.world_size > 1 and not dist.is_initialized():
-        _join_group(here, compute(kind, local, precision), meeting)
+        _join_group(here, compute(kind, local, precision), meeting, per_gpu)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     on = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     return Ranks(here.rank, here.world_size, on, dtype)
@@ -220,9 +224,9 @@ def compute(kind: str, local: int, precision: str) -> Compute:
     return Compute(kind, str(gpu.uuid), precision, gpu.name)
 
 
-def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
+def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False, per_gpu: int = 1) -> None:
     """Raise where `ranks`, what each rank computes on, cannot work together: NCCL would wait for
-    the rank that has no GPU, and bits would depend on which rank does what."""
+    the rank that has no GPU, or for two on one, and bits would depend on which rank does what."""
     kinds = _ranks_by(own.kind for own in ranks)
     error = PassingError if in_slurm else UserError  # another turn may get other nodes
     if len(kinds) > 1:
@@ -242,11 +246,12 @@ def refuse_unlike(ranks: Sequence[Compute], in_slurm: bool = False) -> None:
             f"ranks compute in different precisions ({_told(precisions)}): give all of them the "
             "same runtime.precision"
         )
-    shared = {g: r for g, r in _ranks_by(own.gpu for own in ranks).items() if g and len(r) > 1}
+    by_gpu = _ranks_by(own.gpu for own in ranks)
+    shared = {gpu: r for gpu, r in by_gpu.items() if gpu and len(r) > per_gpu}
     if shared:
         raise UserError(
             f"ranks share a GPU ({_told(shared)}): start one rank a GPU (--nproc, or one GPU for "
-            "each task)"
+            "each task), or let more share it with runtime.ranks_per_gpu"
         )
 
 
@@ -262,7 +267,15 @@ def _told(found: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"{value}: rank {', '.join(map(str, r))}" for value, r in found.items())
 
 
-def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
+def backends(kind: str, per_gpu: int = 1) -> str:
+    """What ranks meet by, as torch names it. NCCL refuses two ranks on a GPU; gloo does not, and
+    takes what is exchanged of a GPU: all_reduce and broadcast."""
+    if kind == "cpu" or per_gpu > 1:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl"
+
+
+def _join_group(here: place.Place, own: Compute, meeting: Path, per_gpu: int = 1) -> None:
     # Long: rank 0 may shard for hours while the others wait. A dead peer is its launcher's
     # business.
     timeout = datetime.timedelta(days=2)
@@ -277,15 +290,16 @@ def _join_group(here: place.Place, own: Compute, meeting: Path) -> None:
     store = dist.PrefixStore(f"attempt {here.elastic_attempt}", store)
     store.set(f"rank {here.rank} computes", json.dumps(own))
     told = [json.loads(store.get(f"rank {rank} computes")) for rank in range(here.world_size)]
-    refuse_unlike([Compute(*other) for other in told], here.in_slurm)
+    refuse_unlike([Compute(*other) for other in told], here.in_slurm, per_gpu)
+    chosen = backends(own.kind, per_gpu)
     dist.init_process_group(
-        "gloo" if own.kind == "cpu" else "cpu:gloo,cuda:nccl",
+        chosen,
         store=store,
         rank=here.rank,
         world_size=here.world_size,
         timeout=timeout,
     )
-    if own.kind == "cuda":
+    if "nccl" in chosen:
         _end_hanging_collectives(torch.device("cuda"))
 
 

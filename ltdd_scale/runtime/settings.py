@@ -14,6 +14,13 @@ class Runtime(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "auto: bfloat16 autocast on GPUs, float32 on CPUs"
     )
+    ranks_per_gpu: Whole = option(
+        1,
+        "ranks of this machine that share a GPU: small networks leave it idle between kernels; "
+        "they meet by gloo instead of NCCL, which may change the last bits of what they train "
+        "together",
+        low=1,
+    )
     threads: Whole = option(
         1, "CPU threads a process; more than one may change the last bits", low=1
     )
