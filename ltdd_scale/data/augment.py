@@ -53,9 +53,8 @@ class ViewSpec:
         n = len(sizes)
         if self.crop_scale is not None:
             windows = _crop_windows(rng, sizes, self.crop_scale)
-            if (
-                min(self.crop_scale) == 1.0
-            ):  # whole images: no window fits those that are not square
+            # No window of all the area fits an image that is not square.
+            if min(self.crop_scale) == 1.0:
                 windows = centre_windows(sizes)
         else:
             windows = np.tile(np.array([0, 0, 1, 1], np.float32), (n, 1))
