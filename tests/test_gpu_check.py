@@ -114,6 +114,24 @@ def test_a_row_that_was_left_out_is_made_when_there_is_time(tmp_path):
     assert len(first.rows.done()) == 2
 
 
+def test_ranks_of_a_method_without_experts(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "gpu_check_work.py", "ranks", "--device", "cpu"]
+    command += ["--out", tmp_path, "--methods", "gm"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=clean_environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["key"]: row for row in gpu_check.Rows(tmp_path).read()}
+    assert "ranks leave" in rows and not any("half of" in key for key in rows)
+    assert not [row for row in rows.values() if row.get("error")]
+
+
+def test_a_streamed_case_is_of_its_method():
+    ((name, config),) = work.configs(["streamed mtt"])
+    assert name == "streamed mtt" and config.method == "mtt" and config.data.memory_gb == 0
+    assert config.trajectories.experts < 10, "the tiny ones"
+
+
 def test_waits_are_counted_by_our_line():
     where = ROOT / "ltdd_scale" / "experts" / "loop.py"
     code = compile(f"import warnings\nwarnings.warn('{'called a ' + look.WAIT}')", where, "exec")

@@ -47,6 +47,8 @@ MORE = {
         "teacher": {"epochs": 2},
         "evaluate": {"random": False, "plain": "expert", "randaugment": 2},
     },
+    # A graph of its steps is captured while other threads decode and pin images.
+    "streamed mtt": {"method": "mtt", "data": {"memory_gb": 0.0, "loader": "torch"}},
     "more": {
         "observer": {"net": "resnet32"},
         "train": {"micro_batch": 8},
@@ -84,7 +86,8 @@ def configs(methods: Iterable[str]) -> Iterator[tuple[str, Any]]:
     tiny = merged(tiny, {"evaluate": {"embedding": False}})
     own = constants(ROOT / "tests" / "test_promises.py")["OWN"]
     for name in list(methods) or [*METHODS, *MORE]:
-        above = MORE[name] if name in MORE else {"method": name, **own[name]}
+        above = MORE.get(name, {"method": name})
+        above = merged(own.get(above.get("method", ""), {}), above)
         yield name, load.changed(Config(), merged(tiny, {"name": name, **above}))
 
 
