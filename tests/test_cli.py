@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -255,30 +256,24 @@ def test_verify_goes_on_where_a_stage_is_not_there(finished, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user one must be root")
-def test_another_users_run_is_looked_at(finished, tmp_path):
-    _, run = finished
-    shutil.copytree(run.parent, tmp_path / "theirs")
-    folder = (
-        tmp_path
-        / "theirs"
-        / "store"
-        / json.loads((run / "run.json").read_text())["stages"]["teacher"]
+def test_another_users_run_is_looked_at():
+    code = (
+        "import os, sys; from pathlib import Path; from ltdd_scale.pipeline import store\n"
+        "os.setuid(65534)\n"
+        "sys.exit(3 + store.is_running(Path(sys.argv[1])))"
     )
-    os.chmod(folder / ".lock", 0o644)
-    for path in (folder, *folder.parents):
-        if path.stat().st_mode & 0o005 != 0o005:
-            os.chmod(path, path.stat().st_mode | 0o005)
-    with open(folder / ".lock") as held:
+
+    def looked() -> int:
+        return subprocess.run([sys.executable, "-c", code, folder]).returncode
+
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/.lock", "w") as held:
+        os.chmod(folder, 0o755)
         fcntl.flock(held, fcntl.LOCK_EX)
-        code = (
-            "import os, sys; from pathlib import Path; from ltdd_scale.pipeline import store\n"
-            "os.setuid(65534)\n"
-            "sys.exit(3 + store.is_running(Path(sys.argv[1])))"
-        )
-        command = [sys.executable, "-c", code, str(folder)]
-        assert subprocess.run(command).returncode == 4, "somebody is at work"
+        assert looked() == 4, "somebody is at work"
         fcntl.flock(held, fcntl.LOCK_UN)
-        assert subprocess.run(command).returncode == 3
+        assert looked() == 3
+        os.chmod(folder, 0o700)
+        assert looked() == 3, "who may not look cannot tell"
 
 
 @pytest.mark.parametrize(

@@ -159,13 +159,14 @@ def test_a_dry_run_where_no_data_is(absent, tmp_path):
     assert list(found) == ["point", "ipc1", "ipc4", "all, shared once"]
     assert found["point"] == ["experts", "synthesis", "students", "all"]
     assert "the images of 2 points are not here" in done.stdout and "estimated, one" in done.stdout
-    assert "no estimate" not in done.stdout and "# ---- ipc4/recover" in done.stdout
+    assert "no estimate" not in done.stdout and "\nipc4/recover " in done.stdout
     # One point of it, for SLURM, with the plain network's place to be decided.
     cluster = ["--cluster", "slurm", "--profile", ROOT / "slurm/preemptible.yaml", "--dry-run"]
     plain = [*STATED, "evaluate.plain=auto"]
     one = cli("run", tmp_path / "absent.yaml", *where, *cluster, "--set", *plain)
     assert one.returncode == 0 and list(table(one.stdout)) == ["point", "absent"], one.stderr
     assert "the images are not here" in one.stdout and "#SBATCH" in one.stdout
+    assert "# ---- recover" in one.stdout and "# ----" not in done.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -146,9 +146,10 @@ def test_sets_without_a_share_are_what_they_were(tiny):
     off = load.load(tiny, ["data.val_fraction=0"])
     on = load.load(tiny, ["data.val_per_class=0", "data.val_fraction=0.25"])
     none = load.load(tiny, ["data.val_per_class=0"])
-    known = set(Chosen.model_fields) - {"val_fraction"}
+    known = set(Chosen.model_fields) - {"val_fraction", "test_fraction"}
     assert set(Chosen().model_dump()) == known
-    assert set(Chosen(val_fraction=0.25).model_dump()) == known | {"val_fraction"}
+    for share in ("val_fraction", "test_fraction"):
+        assert set(Chosen(**{share: 0.25}).model_dump()) == known | {share}
     assert shard_of(config) == shard_of(off) and len({*map(shard_of, (config, on, none))}) == 3
     assert session.chosen_images(on) != session.chosen_images(none)
     assert load.from_text(load.to_yaml(on)) == on and load.from_text(load.to_yaml(off)) == off

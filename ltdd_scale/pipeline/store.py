@@ -78,9 +78,10 @@ def parts_done(folder: Path, n: int) -> bool:
 def is_running(folder: Path) -> bool:
     """Whether a process works there. Another user's folder is looked at without writing."""
     path = folder / ".lock"
-    if not path.exists():
-        return False
-    fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+    except (FileNotFoundError, PermissionError):
+        return False  # nobody has worked there, or who may not look cannot tell
     try:
         return not files.lock(fd, fcntl.LOCK_EX)
     finally:

@@ -56,7 +56,7 @@ class Encoding:
         return {"format": "JPEG", "quality": self.quality, "subsampling": 0, "optimize": True}
 
 
-def decode(content: bytes, name: str | Path) -> np.ndarray:
+def decode(content: bytes, name: str | Path = "an image") -> np.ndarray:
     """The pixels uint8 [3, R, R] of an image file's bytes. Raises `UserError`, which says `name`,
     where they are no image."""
     try:
