@@ -271,6 +271,19 @@ def test_a_student_that_makes_its_own_labels_pays_for_them():
     short = estimate.limits.costs([nodes[trial]], facts)[trial]
     assert short.flops / short.steps > 1.2 * made.flops / made.steps
 
+
+def test_students_of_chosen_images_cost_nothing_where_others_stand_for_them():
+    sets = ["relabel.labels=single", "choose.how=always", "data.path=x"]
+    steps = []
+    for matrix in ("true", "false"):
+        config = load.load(CONFIGS / "quickstart.yaml", [*sets, f"evaluate.matrix={matrix}"])
+        nodes = graph.build(recipe.stages(config, "x"), config)
+        name = "student/chosen-single-convnet3-s0"
+        steps.append(estimate.limits.costs([nodes[name]], Facts((5,) * 10, 30))[name].steps)
+    assert steps[0] == 0 < steps[1], "without the matrix initial images have none"
+
+
+def test_devices_are_published_rates_or_measured():
     assert devices.of(Profile(), local=False).name == "a100"
     assert devices.of(Profile(device="v100"), local=True).flops == 1200 * devices.RESNET50
     own = devices.of(Profile(device="h100", tflops=5), local=False)

@@ -40,6 +40,8 @@ def student(settings: Any, facts: Facts) -> Cost:
     passes = 1 + flops.BACKWARD + KINDS[who["labels"]].each_view * teachers
     weights = FLOAT * flops.parameters(*net)
     batch = min(settings.training.batch_size, images)
+    if who["set"] == CHOSEN and set(settings.twins) == {"distilled", "initial", "random"}:
+        return Cost()  # whichever was chosen has a student of its own, who stands for this one
     whole_set = facts.num_images * _times_decoded(facts.num_images, epochs, seen)
     return Cost(
         flops=(epochs * images * passes + labelled) * flops.forward(*net)
