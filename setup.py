@@ -17,7 +17,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ltdd_scale", "ltdd_scale.*"]),
-    package_data={"ltdd_scale.publish": ["templates/*"]},
+    package_data={
+        "ltdd_scale.publish": ["templates/*"],
+        "ltdd_scale.experts": ["deepspeed/*.json"],
+    },
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -32,6 +35,8 @@ setup(
         "scipy>=1.11",
         "pyarrow>=15",
         "safetensors>=0.4",
+        "threadpoolctl>=3",
+        "markupsafe>=2",
     ],
     extras_require={
         # What a cluster adds; a laptop does without.

@@ -40,7 +40,7 @@ TINY += PLAIN_REPORT
 
 def clean_environment(env: dict | None = None) -> dict[str, str]:
     """This process's environment without what launchers set, and with `env`."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_")
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LTDD_", "SLURM_")
     return {**{k: v for k, v in os.environ.items() if not k.startswith(ours)}, **(env or {})}
 
 

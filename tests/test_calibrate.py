@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import rldd_tools
@@ -14,7 +16,7 @@ from ltdd_scale.methods.rldd import calibrate
 from ltdd_scale.methods.rldd.settings import Calibrate
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
-from ltdd_scale.runtime import tensors
+from ltdd_scale.runtime import signals, tensors
 
 
 def recursion(batches):
@@ -159,6 +161,39 @@ def test_every_buffer_is_the_statistic_of_what_its_layer_sees(tmp_path, net, lea
     assert facts["layers"] == len(layers) and ("off" in facts) == bool(lead)
     if lead:
         assert max(wrong) < 1.5 * calibrate.CLOSE and facts["off"] <= calibrate.CLOSE
+
+
+@pytest.mark.parametrize("lead", [0, 3])
+def test_long_passes_are_kept_and_a_stage_that_is_interrupted_goes_on_at_the_pass(
+    tmp_path, monkeypatch, lead
+):
+    """A turn of a queue may be shorter than all passes."""
+    config = rldd_tools.config(8, 12, calibrate=Calibrate(lead=lead, conv_inputs=True))
+    rldd_tools.run("shard", config, tmp_path)
+    rldd_tools.expert(tmp_path / "observer", "deep", "convnet3", "batch", 8, lambda model: None)
+    rldd_tools.run("calibrate", config, tmp_path)
+    names = ("statistics.pt", "observer.pt")
+    calm = {name: (tmp_path / "calibrate" / name).read_bytes() for name in names}
+    shutil.rmtree(tmp_path / "calibrate")
+    monkeypatch.setattr(calibrate, "LONG", 0.0)
+    collect, made, turns = calibrate.Measurement._collect, [], 0
+
+    def one_a_turn(self, *more):
+        if made and made[-1] == turns:
+            raise signals.Preempted("the end of its turn")
+        made.append(turns)
+        return collect(self, *more)
+
+    monkeypatch.setattr(calibrate.Measurement, "_collect", one_a_turn)
+    done = False
+    while not done:
+        try:
+            rldd_tools.run("calibrate", config, tmp_path)
+            done = True
+        except signals.Preempted:
+            turns += 1
+    assert made == list(range(len(made))) and len(made) >= 4, "each pass once"
+    assert {name: (tmp_path / "calibrate" / name).read_bytes() for name in names} == calm
 
 
 @pytest.mark.parametrize("conv_inputs", [False, True])

@@ -1,10 +1,12 @@
 """The choice between the distilled images, those they started from and random real ones."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, cli, folder_of
+import yaml
+from conftest import TINY, cli, folder_of, image_folder
 
 from ltdd_scale import recipe
 from ltdd_scale.config.root import Config, check
@@ -200,3 +202,42 @@ def test_what_was_chosen_leaves_the_house(tmp_path):
     for file in ("distilled/README.md", "results.md", "report.html"):
         assert f"chosen ({CALLED[kept]})" in (run / file).read_text(), file
     assert "The exported set has" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_test_images_choose_nothing(tmp_path):
+    """The same set with other test images: weights, images and what is chosen are the same bytes;
+    only what is said of them is not."""
+    counts = {"a": 30, "b": 14, "c": 8}
+    data = {"source": "folder", "profile": "full", "val_fraction": 0.3, "resolution": 8}
+    values = yaml.safe_load(TINY)
+    values |= {"choose": {"how": "always", "steps": 8, "seeds": 2}, "ipc": 2}
+    values["evaluate"]["embedding"] = False
+    runs = []
+    for number in (1, 2):
+        folder = tmp_path / f"set{number}"
+        image_folder(folder, counts)
+        image_folder(folder, dict.fromkeys(counts, 5 * number), "test", seed=number)
+        config = tmp_path / "tiny.yaml"
+        config.write_text(yaml.safe_dump({**values, "data": {**data, "path": str(folder)}}))
+        run = tmp_path / f"run{number}"
+        done = cli("run", config, "--out", run, "--store", tmp_path / f"s{number}", "--nproc", 1)
+        assert done.returncode == 0, done.stderr
+        runs.append(run)
+    records = [json.loads((run / "run.json").read_text()) for run in runs]
+    judged = ("logits.npy", "result.json", "results.json", "confusion.npz")  # by the test images
+    same = 0
+    for name in records[0]["stages"]:
+        ours, theirs = (Path(r["store"]) / r["stages"][name] for r in records)
+        assert ours.name != theirs.name, "another set has other folders"
+        if name == "shard":
+            continue
+        for path in sorted(p for p in ours.iterdir() if p.is_file() and p.suffix != ".jsonl"):
+            own = path.name.startswith(".") or path.name in ("stage.json", "log.json")
+            if own or (path.name in judged and not name.startswith("trial/")):
+                continue
+            assert path.read_bytes() == (theirs / path.name).read_bytes(), (name, path.name)
+            same += 1
+    assert same > 20 and {"choose", "recover", "observer"} <= set(records[0]["stages"])
+    results = [json.loads((run / "results.json").read_text())["rows"] for run in runs]
+    assert results[0] != results[1]

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,10 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, cli, folder_of, image_folder, process, said_plainly
 from torchvision.datasets import ImageFolder
+
+from ltdd_scale import cli as cli_module
+from ltdd_scale.config import load
+from ltdd_scale.launch import sweep
 
 
 def variant(tmp_path, text, **sections):
@@ -42,7 +48,6 @@ def test_help_helps():
         (["reocver.lr=1"], ["unknown config key 'reocver'"]),
         (["ipc=0"], ["ipc", "at least 1"]),
         (["teacher.lr=fast"], ["teacher.lr", "float"]),
-        (["teacher.batch_size=9999"], ["teacher.batch_size=9999", "training images", "lower it"]),
         (["observer.norm=instance"], ["no BatchNorm layer"]),
         (["observer.net=resnet51"], ["unknown net 'resnet51'", "resnet50"]),
         (["data.imbalance_factor=5000"], ["class 4 would have no training images"]),
@@ -53,11 +58,14 @@ def test_help_helps():
 )
 def test_a_wrong_setting_is_one_line(tiny, tmp_path, sets, words):
     said_plainly(cli("run", tiny, "--out", tmp_path / "r", "--nproc", 1, "--set", *sets), *words)
-    assert (
-        not list((tmp_path / "store").glob("*/*/stage.json"))
-        or "batch_size" in sets[0]
-        or "observer" in sets[0]
+    assert not list((tmp_path / "store").glob("*/*/stage.json"))
+
+
+def test_what_only_a_stage_can_know_is_said_when_it_begins(tiny, tmp_path):
+    done = cli(
+        "run", tiny, "--out", tmp_path / "r", "--nproc", 1, "--set", "teacher.batch_size=9999"
     )
+    said_plainly(done, "teacher.batch_size=9999", "training images", "lower it")
 
 
 def test_a_missing_config_and_a_foreign_folder(tiny, tmp_path):
@@ -306,9 +314,33 @@ def test_training_on_the_distilled_set_alone(finished, tmp_path):
     assert cli("verify", moved).returncode == 0
 
 
-def test_the_readme_names_commands_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    assert "make quickstart" in readme and "make test" in readme
+DOCS = sorted([ROOT / "README.md", ROOT / "slurm/README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The commands in blocks of code, each without its comment."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    lines = re.findall(r"^(?: {4})?ltdd-scale (.*)$", joined, re.MULTILINE)
+    return [shlex.split(line.partition(" # ")[0]) for line in lines]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_the_commands_of_the_documents_are_such(path):
+    """They parse, their configs are there, and their settings are known."""
+    text = path.read_text()
+    for words in commands_of(text):
+        words = [w.strip("[]") for w in words]
+        args = cli_module._parser().parse_args(words)
+        if "config" in args and (ROOT / args.config).exists():
+            load.load(ROOT / args.config, ["data.path=x", *args.set])
+        elif "config" in args:
+            assert args.config.name == "X.yaml", words
+        if args.command == "sweep" and args.file.name != "X.yaml":
+            good, bad = sweep.load(ROOT / args.file).load_points(args.set)
+            assert good and not bad, words
+    if path.parent == ROOT:
+        assert len(commands_of(text)) > 10
+        assert "make quickstart" in text and "make test" in text
 
 
 @pytest.mark.slow

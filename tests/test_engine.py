@@ -65,7 +65,7 @@ def test_ranks_follow_one_through_batchnorm(config, alone, nproc):
 def test_deepspeed_follows_ddp(config, alone, stage):
     """ZeRO 1 and 2 on two ranks, saving and loading along the way."""
     pytest.importorskip("deepspeed")
-    settings = ["train.engine=deepspeed", f"train.deepspeed=configs/deepspeed/zero{stage}.json"]
+    settings = ["train.engine=deepspeed", f"train.deepspeed=zero{stage}"]
     close(trained(config, f"zero{stage}", 2, *settings), alone, 1e-3)
 
 

@@ -19,6 +19,7 @@ from ltdd_scale.launch.cluster import Order, Phase, State
 from ltdd_scale.launch.clusters import slurm
 from ltdd_scale.launch.clusters.slurm_task import Fence
 from ltdd_scale.launch.states import Look
+from ltdd_scale.pipeline import store
 from ltdd_scale.request import Request
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.code import code_digest
@@ -58,7 +59,13 @@ def test_the_digest_of_the_code_sees_every_edit(tmp_path):
     (tmp_path / "a.py").write_text("x = 1")
     before = code_digest(tmp_path)
     (tmp_path / "a.py").write_text("x = 2")
-    assert code_digest(tmp_path) != before
+    edited = code_digest(tmp_path)
+    assert edited != before
+    make(tmp_path / "templates").joinpath("page.css").write_text("a {}")
+    styled = code_digest(tmp_path)
+    assert styled != edited
+    make(tmp_path / "__pycache__").joinpath("a.pyc").write_bytes(b"x")
+    assert code_digest(tmp_path) == styled
 
 
 NOTICE = """
@@ -100,6 +107,124 @@ def test_a_record_keeps_ids_of_jobs_that_are_the_same(tmp_path):
     parts = profile.Profile(stages={"recover": {"array": 2}})
     other = made_of(tmp_path, point(tmp_path, ""), wants=parts)
     assert set(other.ids) == {"shard", "observer", "teacher", "calibrate", "initialize"}
+
+
+class Queue(slurm.Slurm):
+    """SLURM without SLURM: what it is told, and what it says of its jobs."""
+
+    def __init__(self, folder, known):
+        super().__init__(folder)
+        self.known, self.cancelled, self.submitted = known, [], []
+
+    def available(self):
+        return True
+
+    def need(self):
+        pass
+
+    def states(self):
+        return self.known
+
+    def cancel(self, ids):
+        self.cancelled += ids
+
+    def submit(self, order):
+        self.submitted.append((order.job.name, order.after))
+        return str(100 + len(self.submitted))
+
+
+def of(state):
+    return State(state, slurm.phase_of(state))
+
+
+def test_what_waits_for_a_job_that_failed_is_submitted_anew(tmp_path):
+    """Else it would wait for the old one, and be cancelled by the queue in a while."""
+    made = made_of(tmp_path, point(tmp_path, ""))
+    names = [j.name for j in made.jobs]
+    made.ids = {name: str(k) for k, name in enumerate(names)}
+    ended = {"shard": "COMPLETED", "observer": "FAILED", "teacher": "RUNNING"}
+    known = {made.ids[n]: of(ended.get(n, "PENDING")) for n in names}
+    queue = Queue(tmp_path, known)
+    for node in made.points[0].nodes.values():
+        if node.name == "shard":
+            files.write_json(make(node.folder(made.store)) / "stage.json", {"files": {}})
+    campaign.submit(made, queue, profile.Profile(), 0, print)
+    sent = dict(queue.submitted)
+    assert "teacher" not in sent and {"observer", "calibrate", "students"} <= set(sent)
+    assert made.ids["observer"] in sent["calibrate"], "the new one"
+    assert {known_id for known_id in queue.cancelled} >= {str(names.index("calibrate"))}
+    assert str(names.index("teacher")) not in queue.cancelled
+
+
+def test_what_is_cancelled_is_forgotten_where_nothing_else_is_left(tmp_path):
+    made = made_of(tmp_path, point(tmp_path, ""))
+    campaign.prepare(made)
+    made.jobs, made.replaced = [], ["7", "8"]
+    queue = Queue(tmp_path, {"7": of("PENDING"), "8": of("COMPLETED")})
+    made.save()
+    campaign.tidy(made, queue, print)
+    assert queue.cancelled == ["7"]
+    assert json.loads((tmp_path / "jobs" / "jobs.json").read_text())["replaced"] == []
+    made.replaced = ["7"]
+    assert campaign.submit(made, queue, profile.Profile(), 0, print) == 0
+    assert json.loads((tmp_path / "jobs" / "jobs.json").read_text())["replaced"] == []
+
+
+def test_a_campaign_does_not_go_on_elsewhere_while_its_jobs_wait(tmp_path, monkeypatch):
+    made = made_of(tmp_path, point(tmp_path, ""))
+    campaign.prepare(made)
+    made.ids = {"shard": "7"}
+    made.save()
+    shell = campaign.Campaign("tiny", made.folder, made.store, "local", made.points)
+    again = campaign.make(shell, profile.Profile())
+    assert again.ids == {} and again.elsewhere == ("slurm", ["7"])
+    queue = Queue(made.folder, {"7": of("PENDING")})
+    monkeypatch.setattr(campaign, "open_cluster", lambda name, folder: queue)
+    with pytest.raises(UserError, match="wait or run on SLURM: cancel them first"):
+        campaign.refuse_elsewhere(again)
+    queue.known = {"7": of("CANCELLED")}
+    campaign.refuse_elsewhere(again)
+    campaign.refuse_elsewhere(made)
+    queue.available = lambda: False
+    with pytest.raises(UserError, match="cannot be asked here"):
+        campaign.refuse_elsewhere(again)
+
+
+def test_a_queue_that_does_not_answer_has_lost_nothing(tmp_path):
+    made = made_of(tmp_path, point(tmp_path, ""))
+    made.ids = {"shard": "7"}
+    silent = Look(made, Queue(tmp_path, {}), {}, "SLURM does not answer")
+    found = {j.name: silent.state(j).state for j in made.jobs}
+    assert found["shard"] == "unknown" and found["observer"] == "to do"
+
+
+def test_a_job_that_runs_here_is_seen(tmp_path):
+    made = made_of(tmp_path, point(tmp_path, ""))
+    made.cluster = "local"
+    shard = next(j for j in made.jobs if j.name == "shard")
+    with store.locked(made.store / shard.nodes[0], print):
+        seen = Look(made, made.open(), {})
+        assert seen.state(shard).state == "running"
+    assert Look(made, made.open(), {}).state(shard).state == "to do"
+
+
+@pytest.mark.parametrize(
+    ("wants", "line"),
+    [
+        ({"extra": {"exclusive": False, "hold": None, "nice": 5}}, "nice=5"),
+        ({"env": {"SAID": 'a "b" $HOME'}}, r'export SAID="a \"b\" $HOME"'),
+    ],
+)
+def test_lines_of_a_job_that_sbatch_and_the_shell_can_read(tmp_path, wants, line):
+    job = made_of(tmp_path, point(tmp_path, "")).jobs[0]
+    given = slurm.parameters(Order(job, profile.Profile(**wants), tmp_path / "co de"), tmp_path)
+    text = json.dumps(given["additional_parameters"]).replace('": ', "=") + "\n".join(
+        given["setup"]
+    )
+    assert line in text and "exclusive" not in text and "hold" not in text
+    assert f"PYTHONPATH='{tmp_path}/co de'" in text
+    with pytest.raises(UserError, match="no colon"):
+        slurm.parameters(Order(job, profile.Profile(), tmp_path / "10:30"), tmp_path)
 
 
 def test_a_record_tells_what_jobs_there_are(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -111,6 +112,12 @@ class Teacher(Role):
         "training gives both; own: the teacher is trained; empty: it is the observer where its "
         "training would be the same, else it is trained",
     )
+
+
+def options_of(deepspeed: str) -> Path:
+    """The file of DeepSpeed's options: one of those that come with this package, by its name."""
+    own = Path(__file__).parent / "deepspeed" / f"{deepspeed}.json"
+    return own if own.exists() else Path(deepspeed)
 
 
 def usual_padding(resolution: int) -> int:
@@ -235,6 +242,7 @@ class Train(Engine):
     """The engine that trains both experts."""
 
     deepspeed: Text = option(
-        "configs/deepspeed/zero1.json",
-        "deepspeed: its options; batches, precision and clipping are set from here",
+        "zero1",
+        "deepspeed: zero1 or zero2, or a JSON file of its options; batches, precision and clipping "
+        "are set from here",
     )

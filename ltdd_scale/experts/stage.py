@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ltdd_scale.data.settings import Seen
@@ -18,6 +17,7 @@ from ltdd_scale.experts.settings import (
     Train,
     Weights,
     is_observer,
+    options_of,
 )
 from ltdd_scale.stage import Division, Resources, Section, Stage, places
 
@@ -107,7 +107,7 @@ def _deepspeed(train: Train) -> dict[str, Any]:
     if train.engine != "deepspeed":
         return {}
     try:
-        options = json.loads(Path(train.deepspeed).read_text())
+        options = json.loads(options_of(train.deepspeed).read_text())
     except OSError as error:
         raise UserError(
             f"train.deepspeed: cannot read {train.deepspeed}: {error.strerror}"

@@ -6,7 +6,7 @@ Started again it submits just what is missing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ltdd_scale import recipe
 from ltdd_scale.config import load as configuration
 from ltdd_scale.errors import UserError
-from ltdd_scale.launch.cluster import Cluster, Order, alive
+from ltdd_scale.launch.cluster import Cluster, Order, alive, waiting
 from ltdd_scale.launch.clusters.catalog import open_cluster
 from ltdd_scale.launch.jobs import Job, Point, Summary, is_done, plan, summary_job
 from ltdd_scale.launch.profile import Profile
@@ -34,7 +34,8 @@ class Campaign:
 
     `cluster` is its name in the catalog. `ids`: job → id of its last submission. `refused`: point →
     why it has no config. `replaced`: ids of jobs that an earlier submission made and this one does
-    not want.
+    not want. `elsewhere`: the cluster of an earlier submission, where it was another, and the ids
+    there.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Campaign:
     ids: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
+    elsewhere: tuple[str, list[str]] = ("", [])
 
     def open(self, nproc: int | None = None, quiet: bool = False) -> Cluster:
         return open_cluster(self.cluster, self.folder, nproc, quiet)
@@ -120,8 +122,11 @@ def make(
 
 
 def _take_over(campaign: Campaign, before: Mapping[str, Any]) -> None:
-    """Keep the ids of jobs that are the same as before."""
+    """Keep the ids of jobs that are the same as before, on the same cluster."""
     ids = before["ids"]
+    if before["cluster"] != campaign.cluster:
+        campaign.elsewhere = before["cluster"], sorted({*ids.values(), *before["replaced"]})
+        return
     # An id counts for the job that it was given to: one with the same name that makes other things,
     # or in other parts, is another job.
     same = {j["name"]: Job.from_dict(j, "").identity for j in before["jobs"]}
@@ -197,16 +202,20 @@ def prepare(campaign: Campaign) -> Path:
     return code
 
 
-def missing(campaign: Campaign, living: set[str]) -> list[Job]:
+def missing(campaign: Campaign, living: set[str], waiting: Iterable[str] = ()) -> list[Job]:
     """Jobs whose work is not on the disk and that no submitted job is about to do.
 
-    `living`: ids of jobs that the cluster runs or will run.
+    `living`: ids of jobs that the cluster runs or will run; `waiting`: those that have not begun.
+    What waits for a job that is submitted anew would wait for the one that has failed.
     """
-    left = [
-        j for j in campaign.left() if j.summary is None and campaign.ids.get(j.name) not in living
-    ]
+    todo: dict[str, Job] = {}
+    for job in campaign.left():
+        number = campaign.ids.get(job.name)
+        in_vain = number in waiting and any(name in todo for name in job.needs)
+        if job.summary is None and (number not in living or in_vain):
+            todo[job.name] = job
     # A sweep's table is written after whatever is done again.
-    return left and left + [j for j in campaign.jobs if j.summary]
+    return [*todo.values(), *(j for j in campaign.jobs if todo and j.summary)]
 
 
 def _order(number: int, job: Job, after: list[str], around: _Around) -> Order:
@@ -238,12 +247,15 @@ def submit(
     `max_jobs`: at most so many run at a time (an array counts as one); 0: any number.
     """
     cluster.need()
-    living = alive(cluster.states())
-    todo = missing(campaign, living)
+    states = cluster.states()
+    living = alive(states)
+    todo = missing(campaign, living, waiting(states))
     _clear(campaign, cluster, todo, living, say)
     if not todo:
+        campaign.save()
         return 0
     around = _Around(campaign.name, profile, prepare(campaign), max_jobs)
+    campaign.save()  # a job that runs here is seen while it runs
     for number, job in enumerate(todo):
         after = [i for n in job.needs if (i := campaign.ids.get(n)) in living]
         campaign.ids[job.name] = cluster.submit(_order(number, job, after, around))
@@ -253,6 +265,33 @@ def submit(
         if cluster.detached:
             say(f"  {campaign.ids[job.name]}  {job.name}{array}")
     return len(todo)
+
+
+def tidy(campaign: Campaign, cluster: Cluster, say: Callable[[str], None]) -> None:
+    """Where nothing is left to do: cancel what an earlier submission still has in the queue, which
+    would write over what is done."""
+    if campaign.replaced and cluster.available():
+        _clear(campaign, cluster, [], alive(cluster.states()), say)
+        campaign.save()
+
+
+def refuse_elsewhere(campaign: Campaign) -> None:
+    """Raise `UserError` where another cluster still has jobs of this campaign, or cannot be asked:
+    two would do the same work, and nobody would know of the others."""
+    name, ids = campaign.elsewhere
+    if not ids:
+        return
+    cluster = open_cluster(name, campaign.folder)
+    if not cluster.available():
+        raise UserError(
+            f"{campaign.folder.parent} has jobs of {cluster.title}, which cannot be asked here "
+            f"({cluster.absent}): go on there, or delete {campaign.folder / RECORD} if none is left"
+        )
+    if alive(cluster.states()).intersection(ids):
+        raise UserError(
+            f"jobs of {campaign.folder.parent} wait or run on {cluster.title}: cancel them first "
+            f"(ltdd-scale cancel {campaign.folder.parent}), or go on with --cluster {name}"
+        )
 
 
 def _clear(

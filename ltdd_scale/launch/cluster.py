@@ -114,3 +114,9 @@ class Cluster(ABC):
 def alive(known: Mapping[str, State]) -> set[str]:
     """Ids, of arrays as a whole, that the cluster runs or will run."""
     return {i.split("_")[0] for i, s in known.items() if not s.phase.over}
+
+
+def waiting(known: Mapping[str, State]) -> set[str]:
+    """Ids, of arrays as a whole, of which nothing has begun yet."""
+    begun = {i.split("_")[0] for i, s in known.items() if s.phase is not Phase.WAITING}
+    return {i.split("_")[0] for i in known} - begun

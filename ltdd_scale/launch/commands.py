@@ -175,9 +175,11 @@ def _check(made: Campaign) -> None:
 
 def _start(made: Campaign, options: Options, wants: Profile, max_jobs: int) -> int | None:
     """Run the campaign here or submit it. The exit code, or None where nothing was left to do."""
-    if all(j.summary for j in made.left()):
-        return None
     cluster, folder = made.open(options.nproc, options.quiet), made.folder.parent
+    campaign.refuse_elsewhere(made)
+    if all(j.summary for j in made.left()):
+        campaign.tidy(made, cluster, options.say)
+        return None
     count = campaign.submit(made, cluster, wants, max_jobs, options.say)
     if not cluster.detached:
         return 1 if made.refused or made.left() else 0

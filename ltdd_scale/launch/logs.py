@@ -11,6 +11,7 @@ from ltdd_scale.launch.jobs import Job
 from ltdd_scale.launch.states import Look, look, tail
 
 BROKEN = ("failed", "gone", "finished")
+NOISE = ("submitit INFO", "submitit WARNING")  # of every attempt
 
 
 def cancel(folder: Path) -> int:
@@ -47,7 +48,9 @@ def show(folder: Path, wanted: str, lines: int) -> int:
         )
     for job in chosen:
         _show(seen, job, lines)
-    if not chosen:
+    if seen.silent:
+        print(f"{seen.silent}: which jobs have failed is not known")
+    elif not chosen:
         print("no job has failed; name one to see its log")
     return 0
 
@@ -60,6 +63,6 @@ def _show(seen: Look, job: Job, lines: int) -> None:
     if ends:
         print(f"== {job.name}: earlier ends\n" + "\n".join(ends))
     for path in seen.cluster.logs(number, "err") + seen.cluster.logs(number, "out"):
-        kept = [line for line in tail(path) if "submitit" not in line][-lines:]
+        kept = [line for line in tail(path) if not line.startswith(NOISE)][-lines:]
         if kept:
             print(f"== {job.name}: {path}\n" + "\n".join(kept))

@@ -14,7 +14,7 @@ from ltdd_scale.config.root import check
 from ltdd_scale.data import backend, digest, shards, sources
 from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts.settings import OBSERVER, OWN, TORCHVISION, is_brought
+from ltdd_scale.experts.settings import OBSERVER, OWN, TORCHVISION, is_brought, options_of
 from ltdd_scale.experts.stage import ROLES
 from ltdd_scale.judging.catalog import PROTOCOLS
 from ltdd_scale.launch.guard import guarded
@@ -42,7 +42,7 @@ def _absolute(config: Any) -> dict[str, str]:
     elsewhere."""
     out = {}
     if config.train.engine == "deepspeed":
-        out["train.deepspeed"] = str(Path(config.train.deepspeed).absolute())
+        out["train.deepspeed"] = str(options_of(config.train.deepspeed).absolute())
     for role in ROLES:
         weights = getattr(config, role).weights
         if weights not in ("", OBSERVER, OWN) and not weights.startswith(TORCHVISION):

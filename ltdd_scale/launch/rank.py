@@ -1,9 +1,11 @@
-"""What one of several ranks of this machine runs: ``python -m ltdd_scale.launch.rank REQUEST``."""
+"""What one of several ranks of this machine runs: ``python -m ltdd_scale.launch.rank FILE``,
+the file of a request."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from ltdd_scale import session
 from ltdd_scale.launch.guard import guarded, leave
@@ -14,7 +16,7 @@ from ltdd_scale.session import Session
 
 def main() -> None:
     signals.install(term_saves=place.here().notified)  # before anything that takes time
-    work = Session(Request.from_json(sys.argv[1]))
+    work = Session(Request.from_json(Path(sys.argv[1]).read_text()))
 
     def action() -> int:
         session.execute(work)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from ltdd_scale import session
@@ -67,6 +68,8 @@ def _die_with_parent() -> None:
 
 def _start(num: int, request: Request, folder: str, attempt: int) -> list[subprocess.Popen]:
     workers = []
+    asked = Path(folder) / "request.json"  # a long config is too long for an argument
+    asked.write_text(request.to_json())
     for rank in range(num):
         env = dict(os.environ)
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -76,7 +79,7 @@ def _start(num: int, request: Request, folder: str, attempt: int) -> list[subpro
         env.update(dict(zip(place.TORCHRUN, (str(rank), str(num), str(rank)), strict=True)))
         # A file instead of a port: no port to be in use, none to guess.
         env[place.RENDEZVOUS] = f"file://{folder}/rendezvous-{attempt}"
-        command = [sys.executable, "-m", "ltdd_scale.launch.rank", request.to_json()]
+        command = [sys.executable, "-m", "ltdd_scale.launch.rank", str(asked)]
         workers.append(subprocess.Popen(command, env=env, preexec_fn=_die_with_parent))
     return workers
 

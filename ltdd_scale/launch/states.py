@@ -25,7 +25,7 @@ _ERRORS = (r"error: |\w+(Error|Exception)\b", r"(slurmstepd\S*|srun): error")
 @dataclass(frozen=True)
 class JobState:
     """`state`: to do, waiting, running, queued again, done, finished (its files are not seen yet),
-    failed, stopped, gone."""
+    failed, stopped, gone, unknown (the cluster does not answer)."""
 
     state: str
     restarts: int = 0
@@ -52,10 +52,17 @@ class Look:
         if job.name not in self._left:
             return JobState("done", restarts)
         if number is None:
-            return JobState("to do")
+            return JobState("running" if self._runs_here(job) else "to do")
+        if self.silent:
+            return JobState("unknown", restarts, self.silent)
         if any(not s.phase.over for s in mine):
             return self._active(job, number, mine, restarts)
         return self._over(job, mine, restarts)
+
+    def _runs_here(self, job: Job) -> bool:
+        """Whether the job is at work on this machine, where one has an id only when it is over."""
+        folders = (self.campaign.store / where for where in (*job.joins, *job.nodes))
+        return not self.cluster.detached and any(store.is_running(f) for f in folders)
 
     def _active(self, job: Job, number: str, mine: list[State], restarts: int) -> JobState:
         running = sum(s.phase is Phase.RUNNING for s in mine)

@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def code_digest(package: Path = PACKAGE) -> str:
-    """Hash of the package's source."""
+    """Hash of the package's source, templates and styles too."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    found = (p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    for path in sorted(found):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

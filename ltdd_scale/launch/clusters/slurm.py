@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -64,9 +65,11 @@ class Slurm(Cluster):
                     f"{tool} is not found: run this where SLURM's commands are, or try a cluster "
                     'on this machine with: eval "$(slurm/testbed up)"'
                 )
+        _submitit()
 
     def script(self, order: Order) -> str:
         """The sbatch file that submitit writes."""
+        _submitit()
         from submitit.slurm import slurm as submitit_slurm
 
         count = order.job.elements if order.job.elements > 1 else None
@@ -151,6 +154,11 @@ class Slurm(Cluster):
         return [p for p in notes if re.split(r"[_.]", p.name)[0] == number]
 
 
+def _submitit() -> None:
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("--cluster slurm needs submitit: pip install 'submitit>=1.5'")
+
+
 def phase_of(state: str) -> Phase:
     """SLURM's word for a state in those of this house."""
     if state not in OVER:
@@ -192,7 +200,12 @@ def parameters(order: Order, folder: Path) -> dict[str, Any]:
         # Without it a job in which one task has died waits for the others until its limit, and
         # holds its GPUs.
         "srun_args": ["--kill-on-bad-exit=1", *profile.srun_args],
-        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.extra},
+        # What is false is left out: sbatch has no --exclusive=False.
+        "additional_parameters": {
+            k: v
+            for k, v in {"requeue": True, "kill-on-invalid-dep": "yes", **profile.extra}.items()
+            if v not in (None, False)
+        },
     }
     return {k: v for k, v in out.items() if v not in (None, "")}
 
@@ -200,9 +213,15 @@ def parameters(order: Order, folder: Path) -> dict[str, Any]:
 def _environment(order: Order) -> list[str]:
     """Lines of shell. The snapshot of the code comes before all else; safe path, or else a checkout
     in the current folder would come first."""
+    if ":" in str(order.code):
+        raise UserError(
+            f"{order.code}: PYTHONPATH takes no colon: choose another folder with --out"
+        )
+    code = shlex.quote(str(order.code))
+    escaped = {k: str(v).replace('"', '\\"') for k, v in order.profile.env.items()}
     return [
-        *(f'export {k}="{v}"' for k, v in order.profile.env.items()),
-        f'export PYTHONSAFEPATH=1 PYTHONPATH="{order.code}${{PYTHONPATH:+:$PYTHONPATH}}"',
+        *(f'export {k}="{v}"' for k, v in escaped.items()),
+        f'export PYTHONSAFEPATH=1 PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
     ]
 

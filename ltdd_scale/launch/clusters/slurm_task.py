@@ -152,7 +152,15 @@ class Task:
         )  # submitit has no result to write, and a left-over thread of a library no say
 
     def _work(self, here: Place) -> int:
-        os.chdir(self.cwd)
+        try:
+            os.chdir(self.cwd)
+        except OSError as error:
+            print(
+                f"error: {self.cwd}, where this job was submitted, is not to be entered on "
+                f"{here.node} ({error.strerror}): submit from a folder that all nodes share",
+                file=sys.stderr,
+            )
+            return 1
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # see cli.main
         if here.is_main:
             print(

@@ -17,7 +17,8 @@ order, and the all-reduce adds zeros: the same bytes on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ from ltdd_scale.methods.rldd.settings import Calibrate
 from ltdd_scale.models import frozen, registry
 from ltdd_scale.models.moments import fair_statistics, position_sums
 from ltdd_scale.runtime import tensors
+from ltdd_scale.runtime.checkpoint import Checkpoints
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.ranks import Ranks, rng
 from ltdd_scale.stage import Given
@@ -44,6 +46,7 @@ from ltdd_scale.stage import Given
 Layers = Mapping[str, nn.Module]
 CLOSE = 1e-3  # deviations by which a led layer may miss the statistics of what it sees
 TURNS = 8  # of the lead and all images, at most
+LONG = 10.0  # seconds of a pass that is worth keeping
 
 
 class _Reached(Exception):
@@ -129,13 +132,40 @@ def class_units(counts: np.ndarray, at_least: int) -> list[np.ndarray]:
     return [*units, np.asarray(current)] if current else units
 
 
+class Passes:
+    """What the passes of this stage have found, in their order: one that took long is kept on the
+    disk, so that a stage which is interrupted goes on at the pass. Buffers follow from what passes
+    find, so those that are taken from there lead to the same ones."""
+
+    def __init__(self, context: Context):
+        self.context, self.number = context, 0
+
+    def take(self, collect: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The moments of the next pass: kept ones, or what `collect` finds now."""
+        ranks, self.number = self.context.ranks, self.number + 1
+        kept = self._kept(self.number)
+        found = kept.load(ranks.device) if ranks.is_main else None
+        if ranks.broadcast(found is not None):
+            # Rank 0 has seen that it is whole.
+            return (found or kept.load(ranks.device, step=1))[1]  # ty: ignore[not-subscriptable]
+        begin = time.monotonic()
+        moments = collect()
+        if ranks.is_main and time.monotonic() - begin >= LONG:
+            kept.save(1, moments, wait=True)
+        return moments
+
+    def _kept(self, number: int) -> Checkpoints:
+        return self.context.checkpoints(f"pass-{number:04d}")
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What a pass over real images needs: the observer, the images as it sees them, and the stage's
     context.
 
     `batch_size`: images a forward pass. `members`: the images of each class that are looked at, all
-    where it is left out. Decoded images are kept, up to `memory` bytes of them in memory.
+    where it is left out. Decoded images are kept, up to `memory` bytes of them in memory. `passes`
+    keeps what long passes found.
     """
 
     model: nn.Module
@@ -146,6 +176,7 @@ class Measurement:
     context: Context
     memory: float = 0.0
     members: list[np.ndarray] | None = None
+    passes: Passes | None = None
 
     @cached_property
     def plans(self) -> list[Plan]:
@@ -171,6 +202,11 @@ class Measurement:
 
         Returns the moments of every layer, float64 [K, 1 + 2C], complete on every rank.
         """
+        if self.passes is None:
+            return self._collect(layers, title, stop)
+        return self.passes.take(lambda: self._collect(layers, title, stop))
+
+    def _collect(self, layers: Layers, title: str, stop: bool) -> dict[str, Tensor]:
         ranks, images = self.context.ranks, self.images
         progress = self.context.progress(title, len(self.plans), "batches")
         found = ClassMoments(layers, len(images.counts), stop, ranks.device)
@@ -339,7 +375,8 @@ def run(settings: Given, context: Context) -> dict[str, Any]:
         images = open_images(split, seen, ranks.device, context.workers)
         normalize, spec = prepare(split, ranks.device), ViewSpec(seen.resolution)
         how = calibrate.batch_size, context, seen.memory_gb * 2**30
-        whole, lead = Measurement(observer.model, images, normalize, spec, *how), None
+        passes, lead = Passes(context), None
+        whole = Measurement(observer.model, images, normalize, spec, *how, passes=passes)
         if calibrate.lead:
             lead = replace(whole, members=by_class(images, calibrate.lead, settings.seed))
         convs = registry.conv_layers(observer.model) if calibrate.conv_inputs else {}
