@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -qq --upgrade pip setuptools wheel
-	@echo "installing torch and the rest (5 GB, some minutes) …"
+	@echo "installing torch and the rest (7 GB, some minutes) …"
 	$(VENV)/bin/python -m pip install -qq --editable '.[scale,dev]'
 	touch $@
 

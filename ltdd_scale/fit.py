@@ -14,7 +14,7 @@ from torch import nn
 from ltdd_scale.data import whitening
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
-from ltdd_scale.data.shards import square
+from ltdd_scale.data.shards import rgb, square
 from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging.metrics import metrics
@@ -180,7 +180,7 @@ def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.nda
     for row, path in enumerate(path for paths in found for path in paths):
         try:
             with Image.open(path) as image:
-                shown = square(image.convert("RGB"), resolution)
+                shown = square(rgb(image), resolution)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not an image that can be read ({error})") from None
         pixels[row] = np.asarray(shown).transpose(2, 0, 1)

@@ -119,7 +119,7 @@ def test_bad_lists_and_folders(tmp_path):
     attempt([n for n in names if n.endswith("0")], held, "label 1")
     for k in range(12):
         (tmp_path / "real" / "train" / "b" / f"{k:03d}.png").write_bytes(b"not an image")
-    attempt(names, held, "class 1 (b) has no image that decodes")
+    attempt(names, held, "class 1 (b) has no train image that can be read")
 
 
 def test_a_single_bad_image_is_quarantined_and_the_run_goes_on(tmp_path):

@@ -157,7 +157,7 @@ def test_odd_images_are_kept_or_quarantined_with_the_reason(tmp_path, source):
 def test_a_class_that_quarantine_empties_is_an_error(tmp_path, source):
     for path in (tmp_path / "real" / "train" / "c").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"class 2 \(c\) has no image that decodes"):
+    with pytest.raises(UserError, match=r"class 2 \(c\) has no train image that can be read"):
         written(tmp_path / "s", source())
 
 
@@ -345,3 +345,32 @@ def test_a_stop_ends_the_workers(tmp_path, source):
     write(tmp_path / "s", source(), shard_images=1)
     written(tmp_path / "whole", source(), shard_images=1)
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_sixteen_bits_are_shown_by_their_upper_eight_and_of_32_none_are():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for kind in ("PNG", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(ramp).save(buffer, kind)
+        content, ext, size, shown = sharding._admit(buffer.getvalue(), Chosen())
+        assert ext == "png" and size == (8, 8)
+        with Image.open(io.BytesIO(content)) as stored:
+            assert stored.mode == "RGB" and (np.asarray(stored) == np.asarray(shown)).all()
+        assert (np.asarray(shown)[..., 0] == ramp >> 8).all()
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="32 bits a pixel"):
+        sharding._admit(buffer.getvalue(), Chosen())
+
+
+def test_a_class_without_an_image_that_can_be_read_is_named(tmp_path):
+    image_folder(tmp_path / "set", {"a": 3, "b": 1})
+    image_folder(tmp_path / "set", {"a": 1, "b": 1}, "test")
+    (tmp_path / "set" / "test" / "b" / "000.png").write_bytes(b"no image")
+    (tmp_path / "shards").mkdir()
+    data = Data(source="folder", path=str(tmp_path / "set"), profile="full")
+    with pytest.raises(
+        UserError, match=r"class 1 \(b\) has no test image .*test/b/000\.png"
+    ) as wrong:
+        sharding.write(tmp_path / "shards", "set", sources.open_source(data), data)
+    assert "BytesIO" not in str(wrong.value)

@@ -178,7 +178,7 @@ def test_a_share_of_each_class_is_tested_on_where_there_are_no_test_images(tmp_p
     assert set(sources.open_source(fewer).test.names) == names[1]
     assert sources.kind(data).digest(data)
     image_folder(tmp_path, {"d": 1}, split)
-    with pytest.raises(UserError, match="class d has fewer than two images"):
+    with pytest.raises(UserError, match="1 of 4 classes have fewer than two images"):
         sources.open_source(data)
     if split == "train":
         image_folder(tmp_path, {"a": 1, "b": 1, "c": 1, "d": 1}, "test")
@@ -459,3 +459,22 @@ def test_facts_are_those_of_the_opened_set(tmp_path):
 def test_an_unknown_source_is_named():
     with pytest.raises(ValueError, match="'web' is none of digits, folder, list, shards"):
         Data(source="web")
+
+
+def test_what_systems_and_people_leave_in_folders_is_no_class_and_no_image(tmp_path):
+    image_folder(tmp_path, {"a": 5, "b": 4, "c": 1}, ".")
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        image_folder(tmp_path, {hidden: 2}, ".")
+    (tmp_path / "a" / "._000.png").write_bytes(b"x")
+    (tmp_path / "a" / ".DS_Store").write_bytes(b"x")
+    for name in ("1.heic", "2.heic", "notes.txt"):
+        (tmp_path / "b" / name).write_bytes(b"x")
+    data = Data(source="folder", path=str(tmp_path), profile="full", test_fraction=0.3)
+    with pytest.raises(UserError, match=r"1 of 3 classes .* \(c\).*min_per_class=2 leaves"):
+        sources.open_source(data)
+    found = sources.open_source(data.model_copy(update={"min_per_class": 2}))
+    assert found.classes == ["a", "b"]
+    assert found.notes == {"skipped": "2 .heic, 1 .txt", "small classes": "c"}
+    assert len(found.train.names) + len(found.test.names) == 9
+    with pytest.raises(UserError, match="min_per_class=5: 1 classes"):
+        sources.open_source(data.model_copy(update={"min_per_class": 5}))

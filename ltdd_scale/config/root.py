@@ -264,8 +264,16 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         )
     if data.profile == "counts" and not data.counts:
         raise UserError("data.counts: needed with data.profile=counts")
-    if data.test_fraction and data.source != "folder":
-        warnings.append(f"data.test_fraction has no effect with data.source={data.source}")
+    warnings += [
+        f"data.{name} has no effect with data.source={data.source}"
+        for name in ("test_fraction", "min_per_class")
+        if getattr(data, name) and data.source != "folder"
+    ]
+    if 0 < data.store_resolution < data.resolution:
+        warnings.append(
+            f"data.store_resolution={data.store_resolution} is smaller than data.resolution="
+            f"{data.resolution}: networks would see enlarged images"
+        )
     held = [f"data.{n}" for n in ("val_per_class", "val_list") if getattr(data, n)]
     held += ["data.source=shards"] if data.source == "shards" else []
     if data.val_fraction and held:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,32 @@ def open_all(data: Data) -> Source:
     root = _root(data)
     if found := cifar.find(root):
         return cifar.open_all(*found)
-    layout = _layout(root, data.test_fraction)
-    everything = _split(layout, layout.train)
+    layout, notes = _layout(root, data.test_fraction), {}
+    skipped: Counter[str] = Counter()
+    everything = _split(layout, layout.train, skipped)
+    if skipped:
+        notes["skipped"] = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+    if data.min_per_class > 1:
+        layout, few = _large_enough(layout, everything, data.min_per_class)
+        everything = _split(layout, layout.train)
+        if few:
+            notes["small classes"] = ", ".join(few)
     if layout.held:
-        return Source(layout.classes, everything, _test(layout))
-    return Source(layout.classes, *_shared_out(everything, layout, data))
+        return Source(layout.classes, everything, _test(layout), notes=notes)
+    return Source(layout.classes, *_shared_out(everything, layout, data), notes=notes)
+
+
+def _large_enough(layout: _Layout, everything: Split, least: int) -> tuple[_Layout, list[str]]:
+    """The layout without classes of fewer than `least` images, and their names."""
+    counts = np.bincount(everything.labels, minlength=len(layout.classes))
+    named = list(zip(layout.classes, counts, strict=True))
+    kept = [name for name, n in named if n >= least]
+    if len(kept) < 2:
+        raise UserError(
+            f"data.min_per_class={least}: {len(kept)} classes have so many images, and two are "
+            "needed: lower it"
+        )
+    return replace(layout, classes=kept), [name for name, n in named if n < least]
 
 
 def _shared_out(everything: Split, layout: _Layout, data: Data) -> tuple[Split, Split]:
@@ -52,9 +74,9 @@ def _shared_out(everything: Split, layout: _Layout, data: Data) -> tuple[Split, 
     counts = np.bincount(everything.labels, minlength=len(layout.classes)).tolist()
     if few := [name for name, n in zip(layout.classes, counts, strict=True) if n < 2]:
         raise UserError(
-            f"data.test_fraction: class {few[0]} has fewer than two images ({len(few)} such "
-            "classes): one is to be learned from, one to be tested on; take it out, or give test "
-            f"images in {layout.root / 'test'}"
+            f"data.test_fraction: {len(few)} of {len(layout.classes)} classes have fewer than two "
+            f"images ({', '.join(few[:10])}): one is to be learned from, one to be tested on; "
+            "data.min_per_class=2 leaves such classes out"
         )
     held = longtail.held_out(counts, data.test_fraction)
     test = np.sort(longtail.choose(everything.labels, held, data.split_seed + 2))
@@ -88,7 +110,8 @@ def _root(data: Data) -> Path:
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(
-            f"data.path: no such folder: {root} (put the images there, or --set data.path=…)"
+            f"data.path: no such folder: {root.absolute()} (put the images there, or --set "
+            "data.path=…; a relative path begins where the command is run)"
         )
     return root
 
@@ -100,10 +123,9 @@ def _layout(root: Path, test_fraction: float) -> _Layout:
             f"{root}: found neither train/<class>/…, cifar-10-batches-py nor cifar-100-python; "
             f"of folders {root}/<class>/… data.test_fraction holds out test images, 0.2 say"
         )
-    there = [p.name for p in (root / train).iterdir() if p.is_dir()]
-    classes = sorted(name for name in there if train or not name.startswith("."))
+    classes = _classes(root / train)
     if not classes:
-        raise UserError(f"{root / train}: no class folders in it")
+        raise UserError(f"{root / train}: no class folders in it: put the images into one for each")
     annotations = root / "val" / "val_annotations.txt"
     held = next((s for s in ("test", "val") if train and (root / s).is_dir()), "")
     if held and test_fraction:
@@ -120,12 +142,19 @@ def _layout(root: Path, test_fraction: float) -> _Layout:
     return _Layout(root, classes, train, held)
 
 
-def _split(layout: _Layout, split: str) -> Split:
-    """Images under split/<class>/, at any depth (Tiny-ImageNet has …/images/), sorted by name."""
+def _classes(folder: Path) -> list[str]:
+    """Names of the class folders in it. What systems and editors hide there is none."""
+    there = (p.name for p in folder.iterdir() if p.is_dir())
+    return sorted(name for name in there if not name.startswith((".", "__MACOSX")))
+
+
+def _split(layout: _Layout, split: str, skipped: Counter[str] | None = None) -> Split:
+    """Images under split/<class>/, at any depth (Tiny-ImageNet has …/images/), sorted by name.
+    `skipped` counts other files by their type."""
     names, labels = [], []
     for label, name in enumerate(layout.classes):
         folder = layout.folder(split, name)
-        found = sorted(name for name, _ in _images(layout.root, folder))
+        found = sorted(name for name, _ in _images(layout.root, folder, skipped))
         names += found
         labels += [label] * len(found)
     _refuse_odd(layout.root, names)
@@ -171,11 +200,13 @@ def _annotated(path: Path) -> dict[str, str]:
     return rows
 
 
-def _images(root: Path, top: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _images(
+    root: Path, top: str, skipped: Counter[str] | None = None
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Images below `top`, at any depth, by their names relative to `root`, in no order.
 
     A link to an image is one; a link to a folder below `top` is not followed, since it may lead
-    back.
+    back. Hidden files are none. `skipped` counts files of other types.
     """
     cut = len(os.path.join(root, ""))
     folders = [os.path.join(root, top)]
@@ -186,8 +217,12 @@ def _images(root: Path, top: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 for entry in entries:
                     if _is_folder(entry):
                         folders += [] if entry.is_symlink() else [entry.path]
+                    elif entry.name.startswith("."):
+                        continue
                     elif entry.name.lower().endswith(IMAGE_NAMES):
                         yield entry.path[cut:], entry
+                    elif skipped is not None:
+                        skipped[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
         except FileNotFoundError:
             continue  # a class without test images, which `open_source` says
         except OSError as error:

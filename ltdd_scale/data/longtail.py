@@ -55,9 +55,9 @@ def counts_for(
         counts = [min(want, have) for want, have in zip(wanted, available, strict=True)]
     empty = [c for c, n in enumerate(counts) if n < 1]
     if empty:
+        lower = "add images" if profile == "full" else "lower data.imbalance_factor or add images"
         raise UserError(
-            f"class {empty[0]} would have no training images ({len(empty)} such classes): lower "
-            "data.imbalance_factor or add images"
+            f"class {empty[0]} would have no training images ({len(empty)} such classes): {lower}"
         )
     return counts
 

@@ -71,6 +71,9 @@ class Chosen(Settings):
     test_per_class: Whole = option(
         0, "images a class held out for testing where the source has no test split (digits)", low=0
     )
+    min_per_class: Whole = option(
+        0, "folder: classes with fewer training images are left out; 0 or 1: none is", low=0
+    )
     test_fraction: Number = option(
         0.0,
         "share of the images of each class held out for testing, for a folder without test images: "
@@ -107,10 +110,10 @@ class Chosen(Settings):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Shares are written, and so hashed, only where they are on: sets without them stay what
-        they are."""
-        shares = ("test_fraction", "val_fraction")
-        return {k: v for k, v in write(self).items() if k not in shares or v}
+        """Settings that came later are written, and so hashed, only where they are on: sets without
+        them stay what they are."""
+        later = ("test_fraction", "val_fraction", "min_per_class")
+        return {k: v for k, v in write(self).items() if k not in later or v}
 
 
 class Seen(Settings):

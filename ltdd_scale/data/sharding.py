@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import warnings
@@ -26,7 +27,7 @@ from webdataset.writer import TarWriter
 from ltdd_scale.data import digest, shards, sources
 from ltdd_scale.data.longtail import GROUPS, shot_groups
 from ltdd_scale.data.settings import Chosen, Data, Location
-from ltdd_scale.data.shards import square
+from ltdd_scale.data.shards import rgb, square
 from ltdd_scale.data.split import Source, Split
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import files, signals
@@ -71,6 +72,10 @@ def run(settings: Any, context: Any) -> dict[str, Any]:
     )
     if manifest["notes"].get("official ImageNet-LT") == "yes":
         context.say("shard: the training list is the official one of ImageNet-LT")
+    if skipped := manifest["notes"].get("skipped"):
+        context.say(f"shard: files that are no images of a known type are left out: {skipped}")
+    if few := manifest["notes"].get("small classes"):
+        context.say(f"shard: classes with too few images are left out: {few}")
     if manifest["quarantined"]:
         context.say(
             f"shard: {manifest['quarantined']} images do not decode and are left out: see "
@@ -139,10 +144,11 @@ def write(
         info["listed"] = np.bincount(split.labels, minlength=len(source.classes)).tolist()
         if 0 in info["counts"] and key != "val":
             c = info["counts"].index(0)
-            reason = next((b["reason"] for b in bad if b["label"] == c), "none listed")
+            own = [b for b in bad if b["label"] == c]
+            first = f": {own[0]['name']}, {own[0]['reason']}" if own else ""
             raise UserError(
-                f"{key}: class {c} ({source.classes[c]}) has no image that decodes (first reason: "
-                f"{reason}); see the images of {name}"
+                f"class {c} ({source.classes[c]}) has no {key} image that can be read{first} "
+                f"({len(own)} such images): mend them, or take the class out"
             )
         quarantine += bad
         manifest["splits"][key] = info
@@ -241,16 +247,18 @@ def _write_shard(path: str, first: int, last: int, chosen: Chosen) -> dict[str, 
         for i in range(first, last):
             name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
             try:
-                content, ext, size, rgb = _admit(_SPLIT.read(i), chosen)
+                content, ext, size, seen = _admit(_SPLIT.read(i), chosen)
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
+                # Where in memory the bytes were is nobody's business.
+                said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
+                reason = f"{type(error).__name__}: {said}"
                 bad.append({"index": i, "name": name, "label": label, "reason": reason})
                 continue
             members = {"cls": b"%05d" % label, ext: content}
             index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
             writer.write({"__key__": f"{i:08d}", **members})
             rows.append([i, label, *size])
-            colours.add(rgb)
+            colours.add(seen)
         writer.close()
     files.write_text(Path(path).with_suffix(".idx"), "\n".join([f"v1.2 {len(index)}", *index, ""]))
     part = {
@@ -341,14 +349,14 @@ def _admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int],
         if ext and not side and min(size) >= 2 * SAMPLED:
             image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
         image.load()
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    shown = rgb(image)
     if side:
-        rgb, ext = square(rgb, side), None
+        shown, ext = square(shown, side), None
     if ext is None:
         buffer, as_jpeg = io.BytesIO(), bool(side and quality)
-        rgb.save(buffer, "JPEG", quality=quality) if as_jpeg else rgb.save(buffer, "PNG")
-        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", rgb.size
-    return content, ext, size, rgb
+        shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")
+        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", shown.size
+    return content, ext, size, shown
 
 
 def _index_line(key: str, members: dict[str, bytes], offset: int) -> str:

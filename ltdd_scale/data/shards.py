@@ -53,6 +53,18 @@ def manifest_file(folder: Path) -> Path:
     return path
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB of 8 bits. Of 16 bits the upper 8 are shown (Pillow would cut). Raises
+    `ValueError` for pixels of 32 bits, which do not say how bright they are."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel: write it with 8 or 16")
+    return image.convert("RGB")
+
+
 def square(image: Image.Image, side: int) -> Image.Image:
     """Short side to `side`, then the centre square."""
     if image.size == (side, side):

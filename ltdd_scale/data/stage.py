@@ -15,7 +15,7 @@ def stage(source: str) -> Stage:
     return Stage(
         name=SHARD,
         kind="shard",
-        version=3,
+        version=4,  # 4: 16 bits are shown by their upper 8
         run="ltdd_scale.data.sharding:run",
         reads={"chosen": Section("data", Chosen)},
         given={"source": source},

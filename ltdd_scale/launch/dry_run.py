@@ -66,6 +66,13 @@ def show(
         f"{made.name}: {len(scripts)} of {len(made.jobs)} jobs are left "
         f"(ltdd_scale {__version__})\n"
     )
+    sets = {of for of in known.values() if of is not None}
+    if len(sets) == 1:
+        (of,) = sets
+        print(
+            f"the set: {of.num_classes} classes, {of.num_images:,} training images "
+            f"({max(of.counts):,} … {min(of.counts):,} a class), {of.judged:,} to be tested on\n"
+        )
     on = _machine(made, wants)
     if any(costs.values()):
         unit, table = on.unit, _table(made, costs, on)

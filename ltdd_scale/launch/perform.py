@@ -40,7 +40,8 @@ class Resolved:
 def _absolute(config: Any) -> dict[str, str]:
     """The files that the config names, by absolute paths: jobs and 'status' may read them from
     elsewhere."""
-    out = {}
+    paths = look_up(config, Section("data", Location)).model_dump()
+    out = {f"data.{n}": str(Path(p).expanduser()) for n, p in paths.items() if p.startswith("~")}
     if config.train.engine == "deepspeed":
         out["train.deepspeed"] = str(options_of(config.train.deepspeed).absolute())
     for role in ROLES:
