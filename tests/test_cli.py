@@ -378,6 +378,15 @@ def test_a_net_that_cannot_take_the_resolution(tiny, tmp_path):
     assert not list((tmp_path / "store").glob("*/*"))
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    """bash leaves the ~ of --set data.path=~/images alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder(tmp_path / "images", {"a": 4, "b": 3}, ".")
+    path = variant(tmp_path, TINY, data={"source": "folder", "path": "~/images", "profile": "full"})
+    done = cli("shard", path, "--out", tmp_path / "r", "--set", "data.test_fraction=0.3")
+    assert done.returncode == 0, done.stderr
+
+
 def test_data_that_moved_and_data_that_changed(tmp_path):
     """A moved set is the same set. A set that was changed in place is another one."""
     for split, count in (("train", 12), ("test", 2)):

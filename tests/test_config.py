@@ -142,6 +142,10 @@ def test_settings_without_effect_are_said(tmp_path):
     for text, name in (("momentum: 0.5", "momentum"), ("cutmix: 0, paste_power: 1", "paste_power")):
         (said,) = check(load.load(write(tmp_path, f"observer: {{{text}}}")))
         assert said.startswith(f"observer.{name} has no effect beside observer.")
+    small = write(tmp_path, "data: {store_resolution: 16, resolution: 32}")
+    assert ["networks would see enlarged images" in said for said in check(load.load(small))] == [
+        True
+    ]
     used = load.load(write(tmp_path, "evaluate: {matrix: true}\nrelabel: {topk: 5}\n"))
     assert check(used) == []
 

@@ -167,6 +167,7 @@ def test_a_dry_run_where_no_data_is(absent, tmp_path):
     assert one.returncode == 0 and list(table(one.stdout)) == ["point", "absent"], one.stderr
     assert "the images are not here" in one.stdout and "#SBATCH" in one.stdout
     assert "# ---- recover" in one.stdout and "# ----" not in done.stdout
+    assert "the set: 10 classes, " in one.stdout and "100 to be tested on" in one.stdout
     assert not (tmp_path / "runs").exists()
 
 
