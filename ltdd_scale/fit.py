@@ -180,10 +180,10 @@ def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.nda
     for row, path in enumerate(path for paths in found for path in paths):
         try:
             with Image.open(path) as image:
-                shown = square(rgb(image), resolution)
+                shown = np.asarray(square(rgb(image), resolution))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not an image that can be read ({error})") from None
-        pixels[row] = np.asarray(shown).transpose(2, 0, 1)
+        pixels[row] = shown.transpose(2, 0, 1)
     return pixels, labels
 
 

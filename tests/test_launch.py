@@ -10,6 +10,7 @@ from conftest import ROOT, TINY, cli
 
 from ltdd_scale.errors import UserError
 from ltdd_scale.launch import limits, run
+from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.settings import Runtime
 
 PROGRAM = """
@@ -69,6 +70,23 @@ def test_two_ranks_on_one_gpu_make_the_images_of_one(tmp_path):
         made.append({p.name: p.read_bytes() for p in folder.glob("*.npy")})
         shutil.rmtree(folder)  # and again, under the same experts
     assert made[0] == made[1] and made[0]
+
+
+STARTING = """
+import os, signal, sys, time
+os.kill(os.getpid(), signal.SIGUSR2)  # while it is still importing
+os.kill(os.getpid(), signal.SIGTERM)
+from ltdd_scale.runtime import signals
+signals.install()
+sys.exit(signals.STOP_CODE if signals.requested() else 1)
+"""
+
+
+def test_a_rank_that_is_asked_to_stop_while_it_starts_hears_it_when_it_can():
+    command = [sys.executable, "-c", STARTING]
+    held = subprocess.run(command, cwd=ROOT, preexec_fn=signals.hold)
+    assert held.returncode == signals.STOP_CODE
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGUSR2
 
 
 def test_all_end_well():

@@ -60,10 +60,11 @@ def default_ranks(runtime: Any) -> int:
     return min(limits.cores(), MAX_CPU_RANKS)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: a killed launcher leaves no orphans
+def _in_child() -> None:
+    """Before a rank begins: a killed launcher leaves no orphans, and a rank that is asked to stop
+    while it starts is not killed by that."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signals.hold()
 
 
 def _start(num: int, request: Request, folder: str, attempt: int) -> list[subprocess.Popen]:
@@ -80,7 +81,7 @@ def _start(num: int, request: Request, folder: str, attempt: int) -> list[subpro
         # A file instead of a port: no port to be in use, none to guess.
         env[place.RENDEZVOUS] = f"file://{folder}/rendezvous-{attempt}"
         command = [sys.executable, "-m", "ltdd_scale.launch.rank", str(asked)]
-        workers.append(subprocess.Popen(command, env=env, preexec_fn=_die_with_parent))
+        workers.append(subprocess.Popen(command, env=env, preexec_fn=_in_child))
     return workers
 
 

@@ -56,6 +56,13 @@ def install(term_saves: bool = False) -> None:
     _term_saves = _term_saves or term_saves
     for number in SIGNALS:
         signal.signal(number, _request)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came before is heard now
+
+
+def hold() -> None:
+    """For a process that is being started: a request waits until it is ready to hear it
+    (`install`). By default it would die of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def helper() -> None:

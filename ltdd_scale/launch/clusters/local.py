@@ -85,7 +85,7 @@ class Local(Cluster):
         with tempfile.TemporaryFile("w+") as text:  # a long config is too long for an argument
             text.write(request.to_json())
             text.seek(0)
-            process = subprocess.Popen(command, stdin=text)
+            process = subprocess.Popen(command, stdin=text, preexec_fn=signals.hold)
         passed_on = False
         while (code := process.poll()) is None:
             if signals.requested() and not passed_on:
