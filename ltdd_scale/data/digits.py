@@ -22,10 +22,8 @@ def open_all(data: Data) -> Source:
     names = [f"digit-{i:04d}" for i in range(len(pixels))]
     everything = from_arrays(names, digits.target, pixels)
     held = [data.test_per_class or TEST_PER_CLASS] * 10
-    test = longtail.choose(everything.labels, held, seed=0)
-    rest = np.setdiff1d(np.arange(len(names)), test)
-    classes = [str(d) for d in range(10)]
-    return Source(classes, everything.take(rest), everything.take(np.sort(test)))
+    train, test = everything.part(longtail.choose(everything.labels, held, seed=0))
+    return Source([str(d) for d in range(10)], train, test)
 
 
 def available(data: Data) -> Available:

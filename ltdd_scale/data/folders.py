@@ -79,9 +79,7 @@ def _shared_out(everything: Split, layout: _Layout, data: Data) -> tuple[Split, 
             "data.min_per_class=2 leaves such classes out"
         )
     held = longtail.held_out(counts, data.test_fraction)
-    test = np.sort(longtail.choose(everything.labels, held, data.split_seed + 2))
-    rest = np.setdiff1d(np.arange(len(everything.names)), test)
-    return everything.take(rest), everything.take(test)
+    return everything.part(longtail.choose(everything.labels, held, data.split_seed + 2))
 
 
 def digest(data: Data) -> str:

@@ -58,7 +58,8 @@ def rgb(image: Image.Image) -> Image.Image:
     `ValueError` for pixels of 32 bits, which do not say how bright they are."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
+    # Older Pillows open a PNG of 16 bits as one of 32, which there is none of.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel: write it with 8 or 16")

@@ -49,9 +49,7 @@ def open_source(data: Data) -> Source:
 
 def _hold_out(train: Split, counts: list[int], seed: int) -> tuple[Split, Split]:
     """(the rest, `counts` images of each class): a larger choice holds a smaller one."""
-    chosen = longtail.choose(train.labels, counts, seed + 1)
-    rest = np.setdiff1d(np.arange(len(train.names)), chosen)
-    return train.take(rest), train.take(np.sort(chosen))
+    return train.part(longtail.choose(train.labels, counts, seed + 1))
 
 
 def facts(data: Data) -> Facts:

@@ -28,6 +28,11 @@ class Split:
             [self.names[i] for i in chosen], self.labels[chosen], lambda k: read(int(chosen[k]))
         )
 
+    def part(self, chosen: np.ndarray) -> tuple[Split, Split]:
+        """(the rest, the images `chosen`), each in order."""
+        rest = np.setdiff1d(np.arange(len(self.names)), chosen)
+        return self.take(rest), self.take(np.sort(chosen))
+
 
 @dataclass
 class Source:

@@ -176,10 +176,10 @@ def _check(made: Campaign) -> None:
 def _start(made: Campaign, options: Options, wants: Profile, max_jobs: int) -> int | None:
     """Run the campaign here or submit it. The exit code, or None where nothing was left to do."""
     cluster, folder = made.open(options.nproc, options.quiet), made.folder.parent
-    campaign.refuse_elsewhere(made)
     if all(j.summary for j in made.left()):
         campaign.tidy(made, cluster, options.say)
         return None
+    campaign.refuse_elsewhere(made)  # only now: what is done may be looked at from anywhere
     count = campaign.submit(made, cluster, wants, max_jobs, options.say)
     if not cluster.detached:
         return 1 if made.refused or made.left() else 0

@@ -48,7 +48,7 @@ def show(folder: Path, wanted: str, lines: int) -> int:
         )
     for job in chosen:
         _show(seen, job, lines)
-    if seen.silent:
+    if not chosen and seen.silent:
         print(f"{seen.silent}: which jobs have failed is not known")
     elif not chosen:
         print("no job has failed; name one to see its log")
