@@ -27,7 +27,7 @@ setup(
         "webdataset>=1.0",
         "pyyaml>=6",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.1",
         "scikit-learn>=1.4",
         "pydantic>=2.7",
         "jinja2>=3.1",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from ltdd_scale.data import whitening
@@ -180,7 +180,7 @@ def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.nda
     for row, path in enumerate(path for paths in found for path in paths):
         try:
             with Image.open(path) as image:
-                shown = np.asarray(square(rgb(image), resolution))
+                shown = np.asarray(square(ImageOps.exif_transpose(rgb(image)), resolution))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not an image that can be read ({error})") from None
         pixels[row] = shown.transpose(2, 0, 1)

@@ -223,6 +223,32 @@ def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
             assert (image.format, image.mode) == ("PNG", "RGB")
 
 
+def test_stored_squares_are_upright_and_transparent_images_on_white(tmp_path, source):
+    real = tmp_path / "real" / "train" / "a"
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[:20] = (200, 0, 0)  # red above; turned by EXIF, red is on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(real / "turned.png", exif=exif)
+    clear = np.zeros((40, 40, 4), np.uint8)
+    clear[:, :20, 3] = 255
+    Image.fromarray(clear).save(real / "clear.png")
+    marked = Image.fromarray(picture[..., 0] // 200)
+    marked.save(real / "marked.png", transparency=0)
+    written(tmp_path / "s", source(), store_resolution=40)
+    written(tmp_path / "whole", source())
+    split = ShardSplit(tmp_path / "s", "train")
+    names = [n.split("/")[-1] for n in split.names]
+    seen = {n: np.asarray(split.image(names.index(n))) for n in ("turned.png", "clear.png")}
+    assert (seen["turned.png"][:, 20:, 0] == 200).all() and not seen["turned.png"][:, :20].any()
+    assert not seen["clear.png"][:, :20].any() and (seen["clear.png"][:, 20:] == 255).all()
+    whole = ShardSplit(tmp_path / "whole", "train")
+    for name in ("clear.png", "marked.png"):
+        shown = np.asarray(whole.image(names.index(name)))
+        assert (shown == 255).any() and (shown < 2).any()
+        assert Image.open(io.BytesIO(whole.encoded(names.index(name)))).mode == "RGB"
+
+
 def test_stored_as_jpeg_of_a_quality(tmp_path, source):
     manifest = written(tmp_path / "s", source(), store_resolution=6, store_quality=70)
     split = ShardSplit(tmp_path / "s", "train")

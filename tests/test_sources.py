@@ -478,3 +478,30 @@ def test_what_systems_and_people_leave_in_folders_is_no_class_and_no_image(tmp_p
     assert len(found.train.names) + len(found.test.names) == 9
     with pytest.raises(UserError, match="min_per_class=5: 1 classes"):
         sources.open_source(data.model_copy(update={"min_per_class": 5}))
+
+
+def test_a_folder_beside_train_and_test_may_hold_the_validation_images(tmp_path):
+    for split, count in (("train", 5), ("test", 3), ("val", 2)):
+        image_folder(tmp_path, {"a": count, "b": count}, split)
+    image_folder(tmp_path, {"late": 1}, "test")
+    data = Data(source="folder", path=str(tmp_path), profile="full")
+    without = sources.open_source(data)
+    assert without.val is None
+    assert without.notes == {
+        "unused folder": "val",
+        "classes without training images": "late",
+    }
+    told = data.model_copy(update={"val_folder": "val"})
+    found = sources.open_source(told)
+    assert found.val is not None and found.val.labels.tolist() == [0, 0, 1, 1]
+    assert all(name.startswith("val/") for name in found.val.names)
+    assert "unused folder" not in found.notes and digest.of(told) != digest.of(data)
+    image_folder(tmp_path, {"a": 3}, "val", seed=1)
+    assert digest.of(told) != digest.of(data)
+    for wrong in ("test", "train", "none", "../val"):
+        with pytest.raises(UserError, match="beside train/"):
+            sources.open_source(data.model_copy(update={"val_folder": wrong}))
+    with pytest.raises(UserError, match="beside train/"):
+        sources.open_source(
+            Data(source="folder", path=str(tmp_path / "train"), test_fraction=0.2, val_folder="val")
+        )

@@ -176,6 +176,6 @@ def test_one_word_on_validation_images_is_enough(tmp_path, data, words):
 
 def test_students_may_be_judged_on_the_share(tiny):
     sets = ["data.val_per_class=0", "evaluate.split=val"]
-    with pytest.raises(UserError, match=r"data.val_per_class, data.val_fraction or data.val_list"):
+    with pytest.raises(UserError, match=r"data.val_fraction, data.val_list or data.val_folder"):
         load.load(tiny, sets)
     assert load.load(tiny, [*sets, "data.val_fraction=0.1"]).evaluate.split == "val"

@@ -266,7 +266,7 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         raise UserError("data.counts: needed with data.profile=counts")
     warnings += [
         f"data.{name} has no effect with data.source={data.source}"
-        for name in ("test_fraction", "min_per_class")
+        for name in ("test_fraction", "min_per_class", "val_folder")
         if getattr(data, name) and data.source != "folder"
     ]
     if 0 < data.store_resolution < data.resolution:
@@ -274,7 +274,7 @@ def _check_data(config: Any, warnings: list[str]) -> None:
             f"data.store_resolution={data.store_resolution} is smaller than data.resolution="
             f"{data.resolution}: networks would see enlarged images"
         )
-    held = [f"data.{n}" for n in ("val_per_class", "val_list") if getattr(data, n)]
+    held = [f"data.{n}" for n in ("val_per_class", "val_list", "val_folder") if getattr(data, n)]
     held += ["data.source=shards"] if data.source == "shards" else []
     if data.val_fraction and held:
         raise UserError(
@@ -282,7 +282,8 @@ def _check_data(config: Any, warnings: list[str]) -> None:
         )
     if config.evaluate.split == "val" and not (held or data.val_fraction):
         raise UserError(
-            "evaluate.split=val needs data.val_per_class, data.val_fraction or data.val_list"
+            "evaluate.split=val needs data.val_per_class, data.val_fraction, data.val_list or "
+            "data.val_folder"
         )
     if data.source == "shards":
         names = ("profile", "imbalance_factor", "max_per_class", "val_per_class")

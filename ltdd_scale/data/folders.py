@@ -23,13 +23,14 @@ from ltdd_scale.runtime import files
 class _Layout:
     """`train` is the folder of the classes' folders, "" where that is the root itself. `held` is
     the split that is tested on, "" where test images are a share of the others; `annotations` tell
-    its classes in Tiny-ImageNet."""
+    its classes in Tiny-ImageNet. `validation` is the split for that, "" where there is none."""
 
     root: Path
     classes: list[str]
     train: str
     held: str
     annotations: Path | None = None
+    validation: str = ""
 
     def folder(self, split: str, name: str) -> str:
         """Of a class, relative to the root."""
@@ -41,7 +42,7 @@ def open_all(data: Data) -> Source:
     root = _root(data)
     if found := cifar.find(root):
         return cifar.open_all(*found)
-    layout, notes = _layout(root, data.test_fraction), {}
+    layout, notes = _layout(root, data), _unused(root, data)
     skipped: Counter[str] = Counter()
     everything = _split(layout, layout.train, skipped)
     if skipped:
@@ -52,7 +53,8 @@ def open_all(data: Data) -> Source:
         if few:
             notes["small classes"] = ", ".join(few)
     if layout.held:
-        return Source(layout.classes, everything, _test(layout), notes=notes)
+        val = _split(layout, layout.validation) if layout.validation else None
+        return Source(layout.classes, everything, _test(layout), val, notes)
     return Source(layout.classes, *_shared_out(everything, layout, data), notes=notes)
 
 
@@ -91,14 +93,15 @@ def digest(data: Data) -> str:
     root = _root(data)
     if found := cifar.find(root):
         return cifar.digest(*found)
-    layout = _layout(root, data.test_fraction)
-    lines, tops = [], []
+    layout = _layout(root, data)
+    lines, tops, others = [], [], [layout.held, layout.validation]
     if layout.annotations:
         shown, tops = hashlib.sha256(layout.annotations.read_bytes()).hexdigest(), ["val"]
         lines.append(f"{layout.annotations.name}\0{shown}\n".encode())
-    elif layout.held:
-        tops = [layout.folder(layout.held, name) for name in layout.classes]
-    for top in [*(layout.folder(layout.train, name) for name in layout.classes), *tops]:
+        others.remove("val")
+    splits = [layout.train, *filter(None, others)]
+    tops += [layout.folder(split, name) for split in splits for name in layout.classes]
+    for top in tops:
         for name, entry in _images(layout.root, top):
             lines.append(os.fsencode(f"{name}\0{_size(entry)}\n"))
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
@@ -114,7 +117,22 @@ def _root(data: Data) -> Path:
     return root
 
 
-def _layout(root: Path, test_fraction: float) -> _Layout:
+def _unused(root: Path, data: Data) -> dict[str, str]:
+    """What lies in the folder and is not used, which its owner may not expect."""
+    notes, splits = {}, ("train", "test", "val")
+    if not (root / "train").is_dir():
+        return notes
+    here, known = [s for s in splits if (root / s).is_dir()], _classes(root / "train")
+    if len(here) == len(splits) and not data.val_folder:
+        notes["unused folder"] = "val"
+    elsewhere = {c for s in here for c in _classes(root / s)} - set(known)
+    if elsewhere and not (root / "val" / "val_annotations.txt").exists():
+        notes["classes without training images"] = ", ".join(sorted(elsewhere))
+    return notes
+
+
+def _layout(root: Path, data: Data) -> _Layout:
+    test_fraction, validation = data.test_fraction, data.val_folder
     train = "train" if (root / "train").is_dir() else ""
     if not train and not test_fraction:
         raise UserError(
@@ -126,18 +144,24 @@ def _layout(root: Path, test_fraction: float) -> _Layout:
         raise UserError(f"{root / train}: no class folders in it: put the images into one for each")
     annotations = root / "val" / "val_annotations.txt"
     held = next((s for s in ("test", "val") if train and (root / s).is_dir()), "")
+    beside = os.path.basename(validation) == validation and (root / validation).is_dir()
+    if validation and (not beside or not held or validation in (train, held)):
+        raise UserError(
+            f"data.val_folder={validation}: {root} needs a folder of that name beside train/ and "
+            "another one to test on, each with a folder for each class"
+        )
     if held and test_fraction:
         raise UserError(
             f"data.test_fraction: there are test images in {root / held}: set it to 0, or move them"
         )
     if annotations.exists() and train:
-        return _Layout(root, classes, train, "val", annotations)
+        return _Layout(root, classes, train, "val", annotations, validation)
     if not held and not test_fraction:
         raise UserError(
             f"{root}: no test/<class>/… (or val/<class>/…) folder to judge the result on; "
             "data.test_fraction holds out a share of the training images, 0.2 say"
         )
-    return _Layout(root, classes, train, held)
+    return _Layout(root, classes, train, held, validation=validation)
 
 
 def _classes(folder: Path) -> list[str]:

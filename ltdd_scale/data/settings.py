@@ -35,6 +35,11 @@ class Location(Settings):
     )
     val_list: Text = option("", "list: the same for validation; empty: none")
     test_list: Text = option("", "list: the same for testing")
+    val_folder: Text = option(
+        "",
+        "folder: name of the folder of validation images, val say, beside train/ and test/, with "
+        "the same folders of classes; empty: none",
+    )
 
 
 class Expected(Settings):
@@ -158,6 +163,11 @@ class Whitened(Settings):
 
 class Data(Whitened, Seen, Chosen, Expected, Location):
     """The real, long-tailed set."""
+
+    @property
+    def validated(self) -> bool:
+        """Whether the source is said to have a validation split of its own."""
+        return bool(self.val_list or self.val_folder)
 
     @classmethod
     def of(cls, chosen: Chosen, location: Location) -> Data:

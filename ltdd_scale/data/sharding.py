@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from webdataset.writer import TarWriter
 
 from ltdd_scale.data import digest, shards, sources
@@ -44,6 +44,14 @@ VALUES = np.arange(256)
 SAMPLED = 128
 # Bytes of an image as its source has it, where nothing is known yet: for the estimate of the disk.
 ORIGINAL = {"digits": 2.5e3, "list": 110e3, "folder": 12e3, "shards": 0.0}
+
+# What a source notes of what it did not take → how that is said.
+LEFT_OUT = {
+    "skipped": "files that are no images of a known type are left out",
+    "small classes": "classes with too few images are left out",
+    "classes without training images": "classes without training images are left out",
+    "unused folder": "not used; data.val_folder says that it holds validation images",
+}
 
 Report = Callable[[str, int, str], Progress]  # of a title, a total and its unit
 
@@ -72,10 +80,9 @@ def run(settings: Any, context: Any) -> dict[str, Any]:
     )
     if manifest["notes"].get("official ImageNet-LT") == "yes":
         context.say("shard: the training list is the official one of ImageNet-LT")
-    if skipped := manifest["notes"].get("skipped"):
-        context.say(f"shard: files that are no images of a known type are left out: {skipped}")
-    if few := manifest["notes"].get("small classes"):
-        context.say(f"shard: classes with too few images are left out: {few}")
+    for note, said in LEFT_OUT.items():
+        if names := manifest["notes"].get(note):
+            context.say(f"shard: {said}: {names}")
     if manifest["quarantined"]:
         context.say(
             f"shard: {manifest['quarantined']} images do not decode and are left out: see "
@@ -336,8 +343,9 @@ def _admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int],
 
     Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are
     then shown at half their size, which takes half the time. With a `store_resolution` the centre
-    square of that side is stored, as JPEG of `store_quality`, or as PNG where that is 0. An EXIF
-    orientation is left as it is: no decoder here turns images, as torchvision does not.
+    square of that side is stored, turned as EXIF says, as JPEG of `store_quality`, or as PNG where
+    that is 0. In bytes that are kept EXIF counts for nothing: no decoder here turns images, as
+    torchvision does not.
     """
     if not content:
         raise ValueError("zero bytes")
@@ -346,12 +354,13 @@ def _admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int],
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content))
         size, ext = image.size, KEPT.get((image.format or "", image.mode))
+        ext = None if image.has_transparency_data else ext
         if ext and not side and min(size) >= 2 * SAMPLED:
             image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
         image.load()
     shown = rgb(image)
     if side:
-        shown, ext = square(shown, side), None
+        shown, ext = square(ImageOps.exif_transpose(shown), side), None
     if ext is None:
         buffer, as_jpeg = io.BytesIO(), bool(side and quality)
         shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")

@@ -54,8 +54,12 @@ def manifest_file(folder: Path) -> Path:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB of 8 bits. Of 16 bits the upper 8 are shown (Pillow would cut). Raises
-    `ValueError` for pixels of 32 bits, which do not say how bright they are."""
+    """An image as RGB of 8 bits, on white where it is transparent. Of 16 bits the upper 8 are shown
+    (Pillow would cut). Raises `ValueError` for pixels of 32 bits, which do not say how bright they
+    are."""
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode == "RGB":
         return image
     # Older Pillows open a PNG of 16 bits as one of 32, which there is none of.

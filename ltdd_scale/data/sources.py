@@ -79,7 +79,7 @@ def expected(data: Data) -> Facts | None:
         return None
     if data.source == "shards":  # the long tail is drawn already
         return Facts(tuple(train), data.expected_test)
-    found = Available(train, data.expected_test, bool(data.val_list))
+    found = Available(train, data.expected_test, data.validated)
     names = [str(c) for c in range(len(train))]
     return Facts(_plan(data, found, names).training, data.expected_test)
 

@@ -15,7 +15,7 @@ def stage(source: str) -> Stage:
     return Stage(
         name=SHARD,
         kind="shard",
-        version=4,  # 4: 16 bits are shown by their upper 8
+        version=5,  # 5: transparent images are shown on white, stored squares turned by EXIF
         run="ltdd_scale.data.sharding:run",
         reads={"chosen": Section("data", Chosen)},
         given={"source": source},

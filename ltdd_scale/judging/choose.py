@@ -27,7 +27,7 @@ def wanted(config: Any) -> bool:
 def held_out(config: Any) -> bool:
     """Whether the config is known to have validation images. Shards are opened later only."""
     data = config.data
-    return bool(data.val_per_class or data.val_fraction or data.val_list)
+    return bool(data.val_per_class or data.val_fraction or data.validated)
 
 
 def _own_labels(config: Any) -> bool:
@@ -41,7 +41,7 @@ def check(config: Any) -> None:
     if not held_out(config) and config.data.source != "shards":
         raise UserError(
             "choose.how=always needs validation images: set data.val_fraction, "
-            "data.val_per_class or data.val_list; or choose.how=auto"
+            "data.val_per_class, data.val_list or data.val_folder; or choose.how=auto"
         )
     if _own_labels(config):
         raise UserError(

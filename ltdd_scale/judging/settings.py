@@ -111,7 +111,7 @@ class Choose(Settings):
     how: Literal["auto", "always", "never"] = option(
         "auto",
         "short students tell on validation images, for each kind of label; auto: where the config "
-        "has such (data.val_fraction, data.val_per_class, data.val_list)",
+        "has such (data.val_fraction, data.val_per_class, data.val_list, data.val_folder)",
     )
     share: Number = option(
         0.1,
