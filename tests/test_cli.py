@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, TINY, cli, folder_of, image_folder, process, said_plainly
 from torchvision.datasets import ImageFolder
 
-from ltdd_scale import cli as cli_module
+from ltdd_scale import arguments
 from ltdd_scale.config import load
 from ltdd_scale.launch import sweep
 
@@ -330,7 +330,7 @@ def test_the_commands_of_the_documents_are_such(path):
     text = path.read_text()
     for words in commands_of(text):
         words = [w.strip("[]") for w in words]
-        args = cli_module._parser().parse_args(words)
+        args = arguments.parser().parse_args(words)
         if "config" in args and (ROOT / args.config).exists():
             load.load(ROOT / args.config, ["data.path=x", *args.set])
         elif "config" in args:

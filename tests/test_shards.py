@@ -10,7 +10,7 @@ import webdataset
 from conftest import image_folder
 from PIL import Image
 
-from ltdd_scale.data import digest, sharding, shards, sources
+from ltdd_scale.data import admit, digest, sharding, shards, sources
 from ltdd_scale.data.settings import Chosen, Data, Location
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.stage import stage as record
@@ -378,7 +378,7 @@ def test_sixteen_bits_are_shown_by_their_upper_eight_and_of_32_none_are():
     for kind in ("PNG", "TIFF"):
         buffer = io.BytesIO()
         Image.fromarray(ramp).save(buffer, kind)
-        content, ext, size, shown = sharding._admit(buffer.getvalue(), Chosen())
+        content, ext, size, shown = admit.admit(buffer.getvalue(), Chosen())
         assert ext == "png" and size == (8, 8)
         with Image.open(io.BytesIO(content)) as stored:
             assert stored.mode == "RGB" and (np.asarray(stored) == np.asarray(shown)).all()
@@ -386,7 +386,7 @@ def test_sixteen_bits_are_shown_by_their_upper_eight_and_of_32_none_are():
     buffer = io.BytesIO()
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, "TIFF")
     with pytest.raises(ValueError, match="32 bits a pixel"):
-        sharding._admit(buffer.getvalue(), Chosen())
+        admit.admit(buffer.getvalue(), Chosen())
 
 
 def test_a_class_without_an_image_that_can_be_read_is_named(tmp_path):

@@ -1,7 +1,4 @@
-"""Stage "shard": writes the WebDataset shards of the real set (their format: `data.shards`).
-
-Every image is decoded whole at the door: DALI stops for good on one it cannot decode.
-"""
+"""Stage "shard": writes the WebDataset shards of the real set (their format: `data.shards`)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import os
 import re
 import shutil
 import tarfile
-import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -21,27 +17,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from PIL import Image, ImageOps
 from webdataset.writer import TarWriter
 
 from ltdd_scale.data import digest, shards, sources
+from ltdd_scale.data.admit import Colours, admit
 from ltdd_scale.data.longtail import GROUPS, shot_groups
 from ltdd_scale.data.settings import Chosen, Data, Location
-from ltdd_scale.data.shards import rgb, square
 from ltdd_scale.data.split import Source, Split
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.stage import Cost, Facts
 
-# Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
-# each in its own way: it is rewritten as RGB in a PNG.
-KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
-
-VALUES = np.arange(256)
-# The mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at
-# least so many remains.
-SAMPLED = 128
 # Bytes of an image as its source has it, where nothing is known yet: for the estimate of the disk.
 ORIGINAL = {"digits": 2.5e3, "list": 110e3, "folder": 12e3, "shards": 0.0}
 
@@ -247,14 +234,14 @@ def _write_shard(path: str, first: int, last: int, chosen: Chosen) -> dict[str, 
     """Write images first … last−1 of the split as one tar with its index; return the rows that
     describe them."""
     assert _SPLIT is not None
-    rows, bad, index, colours = [], [], [], _Colours()
+    rows, bad, index, colours = [], [], [], Colours()
     with files.replacing(path) as f:
         tar = _Hashing(f)
         writer = TarWriter(cast(BinaryIO, tar), mtime=0, encoder=False)
         for i in range(first, last):
             name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
             try:
-                content, ext, size, seen = _admit(_SPLIT.read(i), chosen)
+                content, ext, size, seen = admit(_SPLIT.read(i), chosen)
             except Exception as error:
                 # Where in memory the bytes were is nobody's business.
                 said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
@@ -315,57 +302,6 @@ class _Hashing:
         self.digest.update(content)
         self.size += len(content)
         return self.file.write(content)
-
-
-class _Colours:
-    """Integer sums over pixels: the mean and deviation do not depend on how work was shared out."""
-
-    def __init__(self) -> None:
-        self.sums, self.squares, self.pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
-
-    def add(self, rgb: Image.Image) -> None:
-        step = max(min(rgb.size) // SAMPLED, 1)
-        if step > 1:
-            rgb = rgb.resize(
-                (rgb.width // step, rgb.height // step),
-                Image.Resampling.NEAREST,
-                box=(0, 0, rgb.width // step * step, rgb.height // step * step),
-            )
-        counts = np.asarray(rgb.histogram(), np.int64).reshape(3, 256)
-        self.sums = self.sums + counts @ VALUES
-        self.squares = self.squares + counts @ VALUES**2
-        self.pixels += rgb.width * rgb.height
-
-
-def _admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], Image.Image]:
-    """Bytes to store, their extension, the stored image's width and height, and the decoded RGB
-    image. Raises with the reason where it does not decode.
-
-    Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are
-    then shown at half their size, which takes half the time. With a `store_resolution` the centre
-    square of that side is stored, turned as EXIF says, as JPEG of `store_quality`, or as PNG where
-    that is 0. In bytes that are kept EXIF counts for nothing: no decoder here turns images, as
-    torchvision does not.
-    """
-    if not content:
-        raise ValueError("zero bytes")
-    side, quality = chosen.store_resolution, chosen.store_quality
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(content))
-        size, ext = image.size, KEPT.get((image.format or "", image.mode))
-        ext = None if image.has_transparency_data else ext
-        if ext and not side and min(size) >= 2 * SAMPLED:
-            image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
-        image.load()
-    shown = rgb(image)
-    if side:
-        shown, ext = square(ImageOps.exif_transpose(shown), side), None
-    if ext is None:
-        buffer, as_jpeg = io.BytesIO(), bool(side and quality)
-        shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")
-        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", shown.size
-    return content, ext, size, shown
 
 
 def _index_line(key: str, members: dict[str, bytes], offset: int) -> str:
