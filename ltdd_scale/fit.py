@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 from torch import nn
 
 from ltdd_scale.data import whitening
 from ltdd_scale.data.images import MemoryImages
 from ltdd_scale.data.loader import normalizer
-from ltdd_scale.data.shards import rgb, square
-from ltdd_scale.data.split import IMAGE_NAMES
+from ltdd_scale.data.named import Named, read_images
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging.metrics import metrics
 from ltdd_scale.judging.settings import Training
@@ -82,10 +80,12 @@ def run(
     """Train `net` on the distilled set as it was judged; print its accuracy on `test`, write its
     weights to `save`. `labels`: another kind of label than the set's own. Returns the exit code."""
     told = describe(distilled)
-    if test:  # before hours of training
-        find_images(test, judged_folders(test, told))
+    # What may be wrong is said before hours of training.
+    judged = read_test(test, told) if test else None
     if save and not save.parent.is_dir():
         raise UserError(f"--save {save}: there is no folder {save.parent}")
+    if save and save.is_dir():
+        raise UserError(f"--save {save}: that is a folder; say the file too: {save / 'student.pt'}")
     peers = join(told)
     try:
         fitted = fit(distilled, told, peers, net=net, epochs=epochs, seed=seed, labels=labels)
@@ -94,8 +94,8 @@ def run(
     if save:
         frozen.save(save, fitted.recipe, fitted.model)
         print(f"weights  {save}")
-    if test:
-        result = judge(fitted, test, told, peers)
+    if judged:
+        result = judge(fitted, judged, peers)
         print(
             f"top-1 {result['top1']:.2f} %, balanced {result['balanced']:.2f} %, "
             f"top-5 {result['top5']:.2f} %, spread over classes {result['class_std']:.2f}, "
@@ -169,34 +169,6 @@ def describe(distilled: Path) -> Description:
             f"{distilled / 'set.json'} does not say all that this version needs ({error!r}): "
             "write the set anew with it, by 'ltdd-scale run'"
         ) from None
-
-
-def read_images(folder: Path, names: list[str], resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images under folder/<name>/ as uint8 [N, 3, R, R], with labels int64 [N]. Raises `UserError`
-    for a class without images."""
-    found = find_images(folder, names)
-    labels = np.repeat(np.arange(len(names)), [len(paths) for paths in found])
-    pixels = np.empty((len(labels), 3, resolution, resolution), np.uint8)
-    for row, path in enumerate(path for paths in found for path in paths):
-        try:
-            with Image.open(path) as image:
-                shown = np.asarray(square(ImageOps.exif_transpose(rgb(image)), resolution))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: not an image that can be read ({error})") from None
-        pixels[row] = shown.transpose(2, 0, 1)
-    return pixels, labels
-
-
-def find_images(folder: Path, names: list[str]) -> list[list[Path]]:
-    """The image files folder/<name>/* of each name, sorted. Raises `UserError` for a class without
-    images."""
-    out = []
-    for c, name in enumerate(names):
-        found = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_NAMES)
-        if not found:
-            raise UserError(f"{folder / name}: no images of class {c} there")
-        out.append(found)
-    return out
 
 
 def judged_folders(test: Path, told: Description) -> list[str]:
@@ -280,9 +252,16 @@ def _maker(
     )
 
 
-def judge(fitted: Fitted, test: Path, told: Description, peers: Ranks) -> dict[str, Any]:
-    """`metrics` on the images under test/<class>/, and how many "images" these are."""
-    pixels, truth = read_images(test, judged_folders(test, told), told.resolution)
+def read_test(test: Path, told: Description) -> Named:
+    """The images under test/<class>/, decoded. Raises `UserError` for a class without images and
+    for an image that cannot be read."""
+    return read_images(test, judged_folders(test, told), told.resolution)
+
+
+def judge(fitted: Fitted, test: Named, peers: Ranks) -> dict[str, Any]:
+    """`metrics` on the images `test`, and how many "images" these are."""
+    pixels, truth = test
     held = MemoryImages(pixels, truth, peers.device)
     logits = frozen.predict(fitted.model, held, fitted.setup.normalize, peers)
-    return {**metrics(logits, truth, ["many"] * len(told.classes)), "images": len(truth)}
+    groups = ["many"] * fitted.recipe["num_classes"]
+    return {**metrics(logits, truth, groups), "images": len(truth)}

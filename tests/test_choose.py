@@ -241,3 +241,36 @@ def test_the_test_images_choose_nothing(tmp_path):
     assert same > 20 and {"choose", "recover", "observer"} <= set(records[0]["stages"])
     results = [json.loads((run / "results.json").read_text())["rows"] for run in runs]
     assert results[0] != results[1]
+
+
+def test_that_validation_images_are_few_counts_as_noise():
+    """The same ten points ahead: of one image of ten by chance, of fifty of five hundred not."""
+    tried = [row for row in rows(hard={"distilled": 50.0, "random": 60.0})]
+    for row in tried:
+        row["balanced"] = {"distilled": 50.0, "random": 60.0}[row["set"]]  # all seeds agree
+    for each, kept_set in ((1, "distilled"), (50, "random")):
+        labels = np.repeat(np.arange(10), each)
+        of_set = {"distilled": labels < 5, "random": labels < 6}
+        right = [of_set[row["set"]] for row in tried]
+        found = choice.table(tried, ["hard"], right, labels)["hard"]
+        assert found["set"] == kept_set
+        if each == 1:  # ten differences, nine of 0 and one of 1: variance .09, of their mean .009
+            assert found["tried"]["random"]["noise"] == pytest.approx(
+                200 * np.sqrt(0.009), abs=0.01
+            )
+    assert choice.table(tried, ["hard"])["hard"]["set"] == "random", (
+        "where nothing is known of them"
+    )
+
+
+def test_the_noise_of_images_is_what_drawing_them_anew_shows():
+    """Against many draws of validation images of five classes, 2 to 30 each."""
+    draw, counts = np.random.default_rng(0), np.asarray([30, 12, 6, 3, 2])
+    labels = np.repeat(np.arange(5), counts)
+    differences, errors = [], []
+    for _ in range(2000):
+        ahead = (draw.random(50 + 3) < 0.6).astype(float) - (draw.random(53) < 0.5)
+        per_class = np.bincount(labels, ahead) / counts
+        differences.append(100 * per_class.mean())
+        errors.append(choice._over_images(ahead, labels))
+    assert np.mean(errors) == pytest.approx(np.var(differences), rel=0.1)

@@ -91,7 +91,7 @@ class Held:
     """37 images of two classes; a stream gives each image its own number as its colour."""
 
     labels, counts = np.repeat([0, 1], [30, 7]), np.asarray([30, 7])
-    sizes = np.full((37, 2), 8)
+    sizes, resolution = np.full((37, 2), 8), 8
 
     def stream(self, plans, spec):
         for indices, _ in plans:

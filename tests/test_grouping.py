@@ -434,7 +434,7 @@ def test_a_network_sees_few_images_at_a_time(house, monkeypatch):
     """However many of a class are looked at, and it says the same of them."""
     network = frozen.load(house / "plain" / "weights.pt", ALONE)
     whole = describe(network, shown(house, "train"), 16, 2, shown(house, "train"))
-    monkeypatch.setattr(features, "BATCH", 3)
+    monkeypatch.setattr(features, "together", lambda side: 3)
     sizes = []
     real = Shown.batches
 

@@ -103,6 +103,34 @@ def test_packed_logits_come_back(n, num_classes, topk):
         assert torch.allclose(back.sum(1), logits[::2].sum(1), atol=0.05)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_for_the_kl_what_is_left_out_keeps_its_share_of_the_softmax(temperature):
+    logits = 3 * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0))
+    packed = stored.pack(logits, 100, temperature)
+    back = stored.unpack(packed, np.arange(20), 1000, CPU)
+    top = logits.topk(100, 1)[1]
+    left, found = (1 - (z / temperature).softmax(1).gather(1, top).sum(1) for z in (logits, back))
+    assert torch.allclose(left, found, rtol=0.02)
+    mean = stored.unpack(stored.pack(logits, 100), np.arange(20), 1000, CPU)
+    lost = 1 - (mean / temperature).softmax(1).gather(1, top).sum(1)
+    assert (lost < 0.99 * left).all(), "their mean loses a part of it"
+
+
+def test_stored_labels_of_a_few_epochs_are_made_once(monkeypatch):
+    """They are used in turn: 2 epochs of labels for 6 of a student are 2 passes of the teacher."""
+    passes = []
+    real = stored.store_epoch
+    monkeypatch.setattr(stored, "store_epoch", lambda *a: passes.append(a[1]) or real(*a))
+    made = maker(relabel=Relabel(epochs=2))
+    labels = stored.fresh(made)
+    first = [labels.table[epoch % 2]["values"] for epoch in range(6)]
+    assert passes == [0, 1] and (first[0] == first[2]).all() and (first[1] == first[5]).all()
+    monkeypatch.setattr(stored, "HELD", 0)
+    labels = stored.fresh(made)
+    again = [labels.table[epoch % 2]["values"] for epoch in range(4)]
+    assert passes[2:] == [0, 1, 0, 1] and (again[1] == first[1]).all()
+
+
 def test_a_stored_label_is_the_teachers_word_on_the_very_view_the_student_sees():
     """Made in batches of 4, used in another order and batches of 3: no coupling to a batch size."""
     made = maker()

@@ -195,7 +195,7 @@ def test_stored_smaller(tmp_path, source):
 
 
 def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
-    """CMYK, palettes and 16 bits become RGB in a PNG; sizes are those of the pixels as stored, whatever EXIF says."""
+    """CMYK, palettes and 16 bits become RGB in a PNG, what EXIF turns a JPEG that stands upright."""
     real = tmp_path / "real" / "train" / "a"
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8))
@@ -204,23 +204,24 @@ def test_what_decoders_read_differently_is_rewritten(tmp_path, source):
     Image.fromarray(generator.integers(0, 65536, (40, 30), dtype=np.uint16)).save(real / "deep.png")
     exif = picture.getexif()
     exif[0x0112] = 6
+    picture.save(real / "upright.jpg")
     picture.save(real / "turned.jpg", exif=exif)
     written(tmp_path / "s", source())
     split = ShardSplit(tmp_path / "s", "train")
     names = [n.split("/")[-1] for n in split.names]
-    for name, kept in (
-        ("cmyk.jpg", False),
-        ("palette.png", False),
-        ("deep.png", False),
-        ("turned.jpg", True),
+    for name, written_as, size in (
+        ("cmyk.jpg", "PNG", [30, 40]),
+        ("palette.png", "PNG", [30, 40]),
+        ("deep.png", "PNG", [30, 40]),
+        ("turned.jpg", "JPEG", [40, 30]),
+        ("upright.jpg", None, [30, 40]),
     ):
         i = names.index(name)
-        assert (split.encoded(i) == (real / name).read_bytes()) == kept and split.sizes[
-            i
-        ].tolist() == [30, 40]
-        if not kept:
-            image = Image.open(io.BytesIO(split.encoded(i)))
-            assert (image.format, image.mode) == ("PNG", "RGB")
+        assert (split.encoded(i) == (real / name).read_bytes()) == (written_as is None)
+        assert split.sizes[i].tolist() == size
+        image = Image.open(io.BytesIO(split.encoded(i)))
+        assert list(image.size) == size and not image.getexif()
+        assert written_as is None or (image.format, image.mode) == (written_as, "RGB")
 
 
 def test_stored_squares_are_upright_and_transparent_images_on_white(tmp_path, source):

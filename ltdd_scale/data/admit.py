@@ -9,7 +9,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ltdd_scale.data.settings import Chosen
 from ltdd_scale.data.shards import rgb, square
@@ -17,6 +17,8 @@ from ltdd_scale.data.shards import rgb, square
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
 # each in its own way: it is rewritten as RGB in a PNG.
 KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
+
+TURNED = 95  # JPEG quality of photographs that are turned and stored in their own size
 
 VALUES = np.arange(256)
 # The mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at
@@ -50,9 +52,8 @@ def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], 
 
     Every coefficient of a JPEG is read, which is what can fail; large ones whose bytes are kept are
     then shown at half their size, which takes half the time. With a `store_resolution` the centre
-    square of that side is stored, turned as EXIF says, as JPEG of `store_quality`, or as PNG where
-    that is 0. In bytes that are kept EXIF counts for nothing: no decoder here turns images, as
-    torchvision does not.
+    square of that side is stored, as JPEG of `store_quality`, or as PNG where that is 0. What EXIF
+    says is turned is turned here: decoders do not agree on it.
     """
     if not content:
         raise ValueError("zero bytes")
@@ -61,15 +62,18 @@ def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], 
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content))
         size, ext = image.size, KEPT.get((image.format or "", image.mode))
-        ext = None if image.has_transparency_data else ext
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        ext = None if turned or image.has_transparency_data else ext
         if ext and not side and min(size) >= 2 * SAMPLED:
             image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
         image.load()
-    shown = rgb(image)
+    shown = ImageOps.exif_transpose(rgb(image)) if turned else rgb(image)
     if side:
-        shown, ext = square(ImageOps.exif_transpose(shown), side), None
+        shown, ext = square(shown, side), None
     if ext is None:
-        buffer, as_jpeg = io.BytesIO(), bool(side and quality)
+        if not side and image.format == "JPEG" and turned:
+            quality = TURNED  # a photograph as PNG would be ten times as large
+        buffer, as_jpeg = io.BytesIO(), bool(quality and (side or turned))
         shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")
         content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", shown.size
     return content, ext, size, shown

@@ -175,8 +175,8 @@ class StreamedClasses:
 
     def __init__(self, distilled: Distilled, device: torch.device):
         self.distilled, self.device = distilled, device
-        self.labels = distilled.labels
-        self.sizes = np.full((len(self.labels), 2), distilled.resolution)
+        self.labels, self.resolution = distilled.labels, distilled.resolution
+        self.sizes = np.full((len(self.labels), 2), self.resolution)
         self.counts = np.bincount(self.labels)
         self._first = np.cumsum([0, *distilled.image_counts])
 
@@ -189,7 +189,7 @@ class StreamedClasses:
 
     def _read(self, plan: Plan) -> np.ndarray:
         """The whole images of a plan, uint8 [n, 3, R, R], each class's file opened once."""
-        indices, side = np.asarray(plan[0], np.int64), self.distilled.resolution
+        indices, side = np.asarray(plan[0], np.int64), self.resolution
         out = np.empty((len(indices), 3, side, side), np.uint8)
         classes = self.labels[indices]
         for label in np.unique(classes):

@@ -30,12 +30,13 @@ class Images(Protocol):
     """Images to be asked for batch by batch, wherever they lie.
 
     `labels` int64 [N]; `sizes` int64 [N, 2], width and height, which views are drawn for; `counts`
-    int64 [C], images of each class.
+    int64 [C], images of each class; `resolution` the side of whole images as they are shown.
     """
 
     labels: np.ndarray
     sizes: np.ndarray
     counts: np.ndarray
+    resolution: int
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order: views of the
@@ -50,7 +51,8 @@ class MemoryImages:
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: np.ndarray, device: torch.device):
         self.pixels = torch.as_tensor(pixels).to(device)
         self.labels = np.asarray(labels, np.int64)
-        self.sizes = np.full((len(self.labels), 2), self.pixels.shape[-1])
+        self.resolution = self.pixels.shape[-1]
+        self.sizes = np.full((len(self.labels), 2), self.resolution)
         self.counts = np.bincount(self.labels)
 
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:

@@ -15,7 +15,7 @@ def stage(source: str) -> Stage:
     return Stage(
         name=SHARD,
         kind="shard",
-        version=5,  # 5: transparent images are shown on white, stored squares turned by EXIF
+        version=5,  # 5: transparent images are shown on white, turned ones upright
         run="ltdd_scale.data.sharding:run",
         reads={"chosen": Section("data", Chosen)},
         given={"source": source},

@@ -14,6 +14,7 @@ from ltdd_scale.data import chosen, distilled
 from ltdd_scale.data.distilled import Distilled
 from ltdd_scale.data.loader import some_images
 from ltdd_scale.data.shards import ShardSplit
+from ltdd_scale.judging.saved import LOGITS
 from ltdd_scale.results import CHOSEN
 from ltdd_scale.runtime import files
 from ltdd_scale.runtime.context import Context
@@ -24,40 +25,69 @@ OWN = "distilled"  # the method's own
 TOGETHER = 4096  # random real images that are held at a time: a set may be larger than memory
 NUMBER = "balanced"  # what is best is best by: the mean over classes
 
-# The numbers of the tried sets: set → what `_means` gives.
+# The numbers of the tried sets: set → what `_means` gives, and "noise", how far it has to be ahead
+# of the method's own.
 Tried = Mapping[str, Mapping[str, Any]]
 
 
 def best(tried: Tried) -> str:
     """The method's own set; or, of those that are ahead of it by more than the noise, the one with
-    the highest mean. The noise is two standard errors of the difference of means. Of one seed all
-    is taken at its word."""
+    the highest mean."""
     ahead = [which for which in tried if OWN not in tried or _is_ahead(tried, which)]
     return max(ahead, key=lambda which: tried[which][NUMBER], default=OWN)
 
 
 def _is_ahead(tried: Tried, which: str) -> bool:
-    return tried[which][NUMBER] - tried[OWN][NUMBER] > 2 * _errors(tried, which)
+    return tried[which][NUMBER] - tried[OWN][NUMBER] > tried[which]["noise"]
 
 
-def _errors(tried: Tried, which: str) -> float:
-    """The standard error of the difference between the means of `which` and of the method's own;
-    0 where a spread over seeds is not known."""
-    both = [tried[s] for s in (which, OWN)]
-    stds = [(numbers[f"{NUMBER}_std"] or 0.0, numbers["num_seeds"]) for numbers in both]
-    return math.sqrt(sum(std**2 / count for std, count in stds))
-
-
-def table(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
+    right: Sequence[np.ndarray] = (),
+    labels: np.ndarray | None = None,
+) -> dict[str, dict[str, Any]]:
     """Label kind → {"set": the best one, "tried": the numbers of each set, means over seeds}, out
-    of the `rows` of short students."""
+    of the `rows` of short students.
+
+    The noise is two standard errors of the difference to the method's own: of the students' seeds
+    and, with `right` bool [N] of each row, the images of classes `labels` int [N] that it is right
+    on, of these images being few. Of one seed no spread is known, so what it says counts.
+    """
+    hits = right if len(right) else [None] * len(rows)
     out = {}
     for kind in kinds:
-        own = [row for row in rows if row["labels"] == kind]
-        sets = dict.fromkeys(row["set"] for row in own)
-        tried = {s: _means([r for r in own if r["set"] == s]) for s in sets}
+        own = [(row, hit) for row, hit in zip(rows, hits, strict=True) if row["labels"] == kind]
+        tried, shares = {}, {}
+        for which in dict.fromkeys(row["set"] for row, _ in own):
+            of_set = [(row, hit) for row, hit in own if row["set"] == which]
+            tried[which] = _means([row for row, _ in of_set])
+            shares[which] = np.mean([hit for _, hit in of_set], 0) if len(right) else None
+        for which, numbers in tried.items():
+            errors = _over_seeds(numbers) + _over_seeds(tried.get(OWN, {}))
+            if labels is not None and OWN in tried:
+                errors += _over_images(shares[which] - shares[OWN], labels)
+            numbers["noise"] = round(2 * math.sqrt(errors), 3)
         out[kind] = {"set": best(tried), "tried": tried}
     return out
+
+
+def _over_seeds(numbers: Mapping[str, Any]) -> float:
+    """The squared standard error of a mean over seeds; 0 where a spread is not known."""
+    return (numbers.get(f"{NUMBER}_std") or 0.0) ** 2 / numbers.get("num_seeds", 1)
+
+
+def _over_images(ahead: np.ndarray, labels: np.ndarray) -> float:
+    """The squared standard error of a difference of balanced accuracies, in per cent, that is due
+    to the images: `ahead` float [N] is how much more often one is right on each than the other,
+    `labels` int [N] their classes. Classes share one variance: many have a single image."""
+    counts = np.bincount(labels)
+    means = np.bincount(labels, ahead) / np.maximum(counts, 1)
+    within = ahead - means[labels]
+    spare = np.maximum(counts - 1, 0).sum()
+    variance = (within**2).sum() / spare if spare else ahead.var()
+    there = counts[counts > 0]
+    return float(100**2 * variance * (1 / there).sum() / len(there) ** 2)
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -107,7 +137,9 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
         return {}
     trials = [folder for name, folder in context.inputs.items() if name.startswith("trial/")]
     results = [files.read_json(folder / "result.json") for folder in trials]
-    found = table([result["row"] for result in results], settings.kinds)
+    held = ShardSplit(context.input("shard"), "val")
+    right = [np.argmax(distilled.load(f / LOGITS), 1) == held.labels for f in trials]
+    found = table([result["row"] for result in results], settings.kinds, right, held.labels)
     for kind, choice in found.items():
         context.say(f"choose: {said(kind, choice)}")
     which = found[settings.kinds[0]]["set"]

@@ -103,7 +103,7 @@ def stages(config: Any, roles: Roles) -> tuple[Stage, ...]:
     choice = Stage(
         name=CHOOSE,
         kind="choose",
-        version=4,  # 4: a noisy set does not hide another that is ahead
+        version=5,  # 5: that validation images are few counts as noise
         run="ltdd_scale.judging.choice:run",
         reads={**places("seed", "ipc"), **seen(config)},
         given={"kinds": kinds(config)},

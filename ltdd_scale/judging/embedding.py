@@ -18,7 +18,6 @@ from ltdd_scale.runtime.context import Context
 
 MOST = 2000  # images in all: 200 a class of ten classes
 PERPLEXITY = 50.0
-BATCH = 250
 
 
 def run(settings: Any, context: Context) -> dict[str, Any]:
@@ -39,14 +38,25 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     arrays, perplexity = {"labels": labels}, perplexity_of(len(indices))
     for k, title in enumerate(settings.titles):
         network = frozen.load(context.input(title) / "weights.pt", ranks)
-        parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-        features = [network.features(x).cpu().numpy() for x in shown.batches(parts)]
-        xy, centres = embed(np.concatenate(features), labels, num_classes)
+        xy, centres = embed(_features(network, shown, indices), labels, num_classes)
         arrays[f"xy_{k}"], arrays[f"centres_{k}"] = xy, centres
     told = {"titles": settings.titles, "perplexity": perplexity, "classes": train.classes}
     save_arrays(Path(context.out) / "embedding.npz", arrays)
     files.write_json(context.out / "embedding.json", told)
     return {"images": len(indices), "perplexity": perplexity}
+
+
+def _features(network: frozen.Frozen, shown: Shown, indices: np.ndarray) -> np.ndarray:
+    """Of the images `indices` int [n], float32 [n, d]. Put into one table as they come: of a wide
+    network they are gigabytes, of which there are to be no copies."""
+    batch, out = frozen.together(shown.seen.resolution), np.empty((0, 0), np.float32)
+    starts = range(0, len(indices), batch)
+    found = shown.batches([indices[i : i + batch] for i in starts])
+    for start, x in zip(starts, found, strict=True):
+        features = network.features(x).cpu().numpy()
+        out = out if len(out) else np.empty((len(indices), features.shape[1]), np.float32)
+        out[start : start + batch] = features
+    return out
 
 
 def perplexity_of(num_images: int) -> float:
@@ -66,7 +76,7 @@ def embed(
 
     there = np.unique(labels)
     means = np.stack([features[labels == c].mean(0) for c in there])
-    points = np.concatenate([features, means]).astype(np.float32)
+    points = np.concatenate([features, means.astype(features.dtype, copy=False)])
     xy = np.zeros((len(points), 2), np.float32)
     if len(points) > 3 and points.std(0).max() > 1e-6:
         with quietly():

@@ -16,11 +16,9 @@ from ltdd_scale.data.settings import Seen
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.errors import UserError
 from ltdd_scale.judging.criteria import Described, quietly
-from ltdd_scale.models.frozen import Frozen
+from ltdd_scale.models.frozen import Frozen, together
 from ltdd_scale.runtime import signals
 from ltdd_scale.runtime.ranks import rng
-
-BATCH = 250  # images that a network sees at a time, at most
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,10 @@ class Shown:
     def each(
         self, parts: list[np.ndarray], function: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """function(images), [n, …], of each of `parts`, of which none is empty. `function` sees at
-        most `BATCH` images at a time, and looks at each alone."""
-        cut = [np.split(part, range(BATCH, len(part), BATCH)) for part in parts]
+        """function(images), [n, …], of each of `parts`, of which none is empty. `function` sees
+        some images at a time, and looks at each alone."""
+        batch = together(self.seen.resolution)
+        cut = [np.split(part, range(batch, len(part), batch)) for part in parts]
         batches = self.batches([piece for pieces in cut for piece in pieces])
         for pieces in cut:
             yield torch.cat([function(x) for x in itertools.islice(batches, len(pieces))])

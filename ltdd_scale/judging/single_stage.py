@@ -104,6 +104,8 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
     if student.part:
         inputs["grouping"] = "grouping"
         given["groups"] = groups_of(config)
+    # What the work costs. The inputs' fingerprints hold these already.
+    teacher = {f"teacher_{name}": f"teacher.{name}" for name in ("net", "width", "norm")}
     small = student.set not in WHOLE_SETS
     by_kl = student.labels == SINGLE and config.evaluate.soft_loss == "kl"
     return Stage(
@@ -122,6 +124,7 @@ def unit(student: Student, epochs: int, config: Any, roles: Roles) -> Stage:
             **places("evaluate.width", "evaluate.norm", "evaluate.split"),
             **(places("ipc") if small else {}),
             **label_reads(student.labels),
+            **(teacher if KINDS[student.labels].teacher else {}),
             **places("runtime.precision"),
             **seen(config),
         },

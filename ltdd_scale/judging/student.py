@@ -9,7 +9,6 @@ weights count.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from ltdd_scale.data import chosen, distilled
 from ltdd_scale.data.images import Images, MemoryImages
 from ltdd_scale.data.loader import open_images, prepare, some_images
 from ltdd_scale.data.shards import ShardSplit
-from ltdd_scale.errors import UserError
 from ltdd_scale.judging import choice
 from ltdd_scale.judging.lengths import epochs_of
 from ltdd_scale.judging.metrics import logit_adjusted, metrics
@@ -72,9 +70,6 @@ def run(settings: Any, context: Context) -> dict[str, Any]:
     if part and registry.norm_layers(network):
         setup = dataclasses.replace(setup, joins=True)
     average, history = train(setup, ranks.to_device(network), context)
-    if not math.isfinite(history[-1]):
-        rate = settings.training.lr
-        raise UserError(f"{who.title}: the loss is {history[-1]}; lower evaluate.lr (it is {rate})")
     held, groups = ShardSplit(context.input("shard"), settings.split), split.manifest["groups"]
     test = open_images(held, settings.images, ranks.device, context.workers)
     # Half precision has no larger numbers: beyond them all are infinite, and none the largest.

@@ -75,7 +75,7 @@ class Subset:
     """Some images of a set (`data.images.Images`): `members` int [n] of them."""
 
     def __init__(self, images: Images, members: np.ndarray):
-        self.images, self.members = images, members
+        self.images, self.members, self.resolution = images, members, images.resolution
         self.labels, self.sizes = images.labels[members], images.sizes[members]
         self.counts = np.bincount(self.labels, minlength=len(images.counts))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images
+from ltdd_scale.errors import UserError
 from ltdd_scale.judging.settings import Training
 from ltdd_scale.labels.contract import Labels
 from ltdd_scale.labels.views import EpochViews, draw_epoch, render
@@ -68,7 +69,7 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
     loss of each epoch.
 
     The loss of every epoch goes to ``log.jsonl``. Raises `signals.Preempted`, with all saved, where
-    a signal has come.
+    a signal has come, and `UserError` at the end of an epoch whose loss is not finite.
     """
     work = _Work(setup, student, context.ranks)
     checkpoints = context.checkpoints(setup.title.replace(" ", "-"))
@@ -84,6 +85,7 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
         for drawn, indices, x in work.rest_of_epoch():
             work.step(epoch, drawn, indices, x)
             if work.taken % setup.steps == 0:
+                _check_finite(work.history, setup)
                 progress.update(epoch + 1, work.note)
                 if time.monotonic() - logged >= LOG_EVERY:
                     context.log(_entries(work.history))
@@ -93,8 +95,18 @@ def train(setup: Setup, student: nn.Module, context: Context) -> tuple[nn.Module
                 signals.check()
     checkpoints.wait()
     work.settle()
+    _check_finite(work.history, setup)
     context.log(_entries(work.history))
     return work.average.network.eval(), work.history
+
+
+def _check_finite(history: list[float], setup: Setup) -> None:
+    if history and not math.isfinite(history[-1]):
+        rate = setup.training.lr
+        raise UserError(
+            f"{setup.title}: the loss is {history[-1]} after {len(history)} epochs; lower "
+            f"evaluate.lr (it is {rate})"
+        )
 
 
 class _Work:

@@ -55,7 +55,7 @@ def _maker(kind: Kind, settings: Any, context: Context) -> Maker:
         seed=settings.seed,
         epochs=settings.student_epochs if "student_epochs" in settings else 0,
         ranks=ranks,
-        temperature=None,  # images are not mixed here
+        temperature=settings.temperature if "temperature" in settings else None,
         learned=held.learned() if kind.of_set else None,
         tell=_Told(context),
     )

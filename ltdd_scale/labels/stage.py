@@ -35,6 +35,7 @@ def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
     kind = KINDS[config.relabel.labels]
     single = kind.name == SINGLE or kind.of_views  # the kind itself, or labels beside it
     drawn = kind.views or (single and config.relabel.views > 1)
+    by_kl = kind.views and config.relabel.topk and config.evaluate.soft_loss == "kl"
     # What the work costs. The inputs' fingerprints hold these already.
     size = {**places("ipc"), **places("teacher.net", "teacher.width", "teacher.norm")}
     return Stage(
@@ -46,6 +47,7 @@ def stage(config: Any, distilled: str, name: str = "relabel") -> Stage:
             **reads(kind.name),
             **({"views": Section("evaluate", Views)} if drawn else {}),
             **({"student_epochs": "evaluate.epochs"} if kind.views else {}),
+            **(places("evaluate.temperature") if by_kl else {}),
             **({"single": Section("relabel", Single)} if kind.of_views else {}),
             **(size if kind.teacher else places("ipc") if kind.of_set else {}),
             **places("seed", "runtime.precision"),

@@ -5,6 +5,7 @@ Views are drawn from the labels' own seed: every student sees those that were la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ltdd_scale.runtime.ranks import Ranks
 
 Packed = dict[str, np.ndarray]  # of one epoch, see `pack`
 PARTS = ("values", "classes")  # the second with top-k only
+HELD = 2**28  # bytes of labels that a student makes once and keeps
 
 
 class Stored:
@@ -88,7 +90,8 @@ def fresh(maker: Maker) -> Stored:
     def packed(epoch: int) -> Packed:
         return store_epoch(maker, epoch, shift)
 
-    return Stored(maker, MadeWhenAsked(_num_epochs(maker), packed), label_key(maker.seed))
+    made = MadeWhenAsked(_num_epochs(maker), packed, keeps=HELD)
+    return Stored(maker, made, label_key(maker.seed))
 
 
 def store_epoch(maker: Maker, epoch: int, shift: Tensor | None) -> Packed:
@@ -105,16 +108,25 @@ def store_epoch(maker: Maker, epoch: int, shift: Tensor | None) -> Packed:
     if share:
         classes = mix(onehot(images.labels, maker.num_classes, logits.device), drawn, order)
         logits = with_class(logits, classes, share)
-    return pack(logits, maker.relabel.topk)
+    return pack(logits, maker.relabel.topk, maker.temperature)
 
 
-def pack(logits: Tensor, topk: int) -> Packed:
+def pack(logits: Tensor, topk: int, temperature: float | None = None) -> Packed:
     """Logits [n, C] as fp16 "values". With 0 < topk < C: the k largest, their "classes" int16, and
-    the mean of the rest in the last column of the values."""
+    in the last column of the values what each of the rest is taken for.
+
+    For students that learn by KL at `temperature` T that is the logit with which the rest keeps its
+    share of the softmax(z / T); their mean would halve it. For a squared error, None, the mean.
+    """
     if not topk or topk >= logits.shape[1]:
         return {"values": logits.half().cpu().numpy()}
     values, classes = logits.topk(topk, 1)
-    rest = (logits.sum(1) - values.sum(1)) / (logits.shape[1] - topk)
+    others = logits.shape[1] - topk
+    if temperature is None:
+        rest = (logits.sum(1) - values.sum(1)) / others
+    else:
+        left = (logits / temperature).scatter(1, classes, -torch.inf)
+        rest = temperature * (left.logsumexp(1) - math.log(others))
     return {
         "values": torch.cat([values, rest[:, None]], 1).half().cpu().numpy(),
         "classes": classes.to(torch.int16).cpu().numpy(),
@@ -122,7 +134,7 @@ def pack(logits: Tensor, topk: int) -> Packed:
 
 
 def unpack(packed: Packed, rows: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """Logits float32 [len(rows), C] from `pack`, the rest filled with its mean."""
+    """Logits float32 [len(rows), C] from `pack`, the rest filled with one value."""
     values = torch.from_numpy(packed["values"][rows]).to(device, non_blocking=True).float()
     if "classes" not in packed:
         return values
@@ -132,19 +144,23 @@ def unpack(packed: Packed, rows: np.ndarray, num_classes: int, device: torch.dev
 
 
 class MadeWhenAsked(Sequence):
-    """Packed epochs, each made or opened when it is asked for; the last one is kept."""
+    """Packed epochs, each made or opened when it is asked for. The last one is kept, and all where
+    they take at most `keeps` bytes: they are used in turn."""
 
-    def __init__(self, num_epochs: int, make: Callable[[int], Packed]):
-        self._num_epochs, self._make = num_epochs, make
-        self._last: tuple[int, Packed] = (-1, {})
+    def __init__(self, num_epochs: int, make: Callable[[int], Packed], keeps: int = 0):
+        self._num_epochs, self._make, self._keeps = num_epochs, make, keeps
+        self._kept: dict[int, Packed] = {}
 
     def __len__(self) -> int:
         return self._num_epochs
 
     def __getitem__(self, epoch):
-        if self._last[0] != epoch:
-            self._last = (epoch, self._make(epoch))
-        return self._last[1]
+        if epoch not in self._kept:
+            packed = self._make(epoch)
+            if self._num_epochs * sum(part.nbytes for part in packed.values()) > self._keeps:
+                self._kept.clear()
+            self._kept[epoch] = packed
+        return self._kept[epoch]
 
 
 def _num_epochs(maker: Maker) -> int:

@@ -18,6 +18,7 @@ from ltdd_scale.runtime import files
 from ltdd_scale.settings import parse
 
 if TYPE_CHECKING:
+    from ltdd_scale.data.named import Named
     from ltdd_scale.publish.encode import Encoding
 
 
@@ -144,18 +145,18 @@ def _measured(
         raise UserError(f"--seeds {seeds}: at least 1")
     if not test.is_dir():
         raise UserError(f"--measure {test}: no such folder")
-    fit.find_images(test, fit.judged_folders(test, fit.describe(opened.folder)))
+    judged = fit.read_test(test, fit.describe(opened.folder))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".measure-") as folder:
             other = Path(folder) / "set"
             published.rewrite(opened, other, [IMAGEFOLDER], encoding, publish)
-            return measure(opened.folder, other, test, seeds)
+            return measure(opened.folder, other, judged, seeds)
     except OSError as error:
         raise files.explain(error, out) from error
 
 
-def measure(lossless: Path, other: Path, test: Path, seeds: int) -> dict[str, Any]:
+def measure(lossless: Path, other: Path, test: Named, seeds: int) -> dict[str, Any]:
     """Students as the set was judged, on both sets, with the same seeds: what the other images
     change, in points. ``difference_std`` is that of the difference over seeds, None for one."""
     import numpy as np
@@ -170,7 +171,7 @@ def measure(lossless: Path, other: Path, test: Path, seeds: int) -> dict[str, An
         row: list[float] = []
         for seed in range(seeds):
             student = fit.fit(folder, told, peers, seed=seed)
-            result = fit.judge(student, test, told, peers)
+            result = fit.judge(student, test, peers)
             # The mean over classes: the same as top-1 where the test images are balanced.
             row.append(result["balanced"])
             images = result["images"]

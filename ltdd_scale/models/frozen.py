@@ -186,20 +186,27 @@ def _build(made_of: dict[str, Any], names: set[str]) -> nn.Module:
     return registry.Student(features, made_of["num_classes"])
 
 
+def together(side: int) -> int:
+    """Images of `side` pixels that a trained network is shown at a time: 500 of up to 64, and as
+    many pixels of larger ones, 40 of 224: the maps of 500 would need tens of gigabytes."""
+    return max(1, min(500, 500 * 64**2 // side**2))
+
+
 @torch.no_grad()
 def predict(
     network: Frozen | nn.Module | Callable[[Tensor], Tensor],
     images: Images,
     normalize: Callable[[Tensor], Tensor],
     ranks: Ranks,
-    batch: int = 500,
+    batch: int | None = None,
 ) -> Tensor:
-    """Logits float32 [N, C] on the CPU, every image of `images` once.
+    """Logits float32 [N, C] on the CPU, every image of `images` once, `batch` (default: `together`)
+    at a time.
 
     `network` is a `Frozen`, a module in eval mode, or a function such as `Frozen.plain_logits`.
     """
     logits = _function(network, ranks)
-    n = len(images.labels)
+    n, batch = len(images.labels), batch or together(images.resolution)
     plans = [(np.arange(i, min(i + batch, n)), None) for i in range(0, n, batch)]
     out: Tensor | None = None
     for start, x in zip(range(0, n, batch), images.stream(plans, ViewSpec(1)), strict=True):

@@ -181,7 +181,9 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
         for role in ("observer", "teacher")
         if config.get(role, {}).get("weights")
     }
-    return {**config, **experts, "data": data}
+    train = dict(config["train"])
+    train["deepspeed"] = Path(train.get("deepspeed", "")).name
+    return {**config, **experts, "data": data, "train": train}
 
 
 def _finish(
