@@ -2,20 +2,25 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 from conftest import cli, said_plainly
+from rldd_tools import ALONE
 
 from ltdd_scale import recipe
 from ltdd_scale.config.root import Config, check
+from ltdd_scale.data.settings import Location
 from ltdd_scale.errors import UserError
-from ltdd_scale.experts import layouts
+from ltdd_scale.experts import brought, layouts
 from ltdd_scale.experts.settings import Expert, Head
 from ltdd_scale.models import frozen, registry, safe
 from ltdd_scale.publish import set as published
+from ltdd_scale.runtime.context import Context
 from ltdd_scale.stage import settings_of
 
 DIGITS = """
@@ -317,3 +322,58 @@ def test_what_does_nothing_beside_a_shared_training_is_said():
     assert check(Config(teacher=shared)) == [
         "without effect beside teacher.weights, nothing is trained: teacher.epochs"
     ]
+
+
+def test_few_classes_leave_room_for_a_good_network():
+    """Twice chance is all there is of two classes."""
+    for classes, refused, taken in ((2, 0.54, 0.56), (3, 0.39, 0.41), (10, 0.18, 0.2)):
+        assert brought.knows(taken, classes) and not brought.knows(refused, classes)
+    assert brought.knows(0.003, 1000) and not brought.knows(0.002, 1000)
+
+
+def test_the_training_of_a_head_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """To the bit, after a signal in any step."""
+    features = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    np.save(tmp_path / "features-000000.npy", features)
+
+    class Split:
+        labels, classes = np.arange(50) % 3, list("abc")
+        counts = np.bincount(labels)
+
+        def __len__(self):
+            return 50
+
+    own = Head(
+        head_epochs=4, batch_size=8, prior=1.0, lr=0.01, weight_decay=0.01, optimizer="adamw"
+    )
+    settings = SimpleNamespace(head=own, seed=1, role="teacher")
+
+    def trained(folder):
+        folder.mkdir(exist_ok=True)
+        context = Context(ALONE, folder, {}, "x", 3600, 0, True, None, Location())
+        return brought.train_head(settings, Split(), brought._Features(tmp_path), context)
+
+    whole, steps = trained(tmp_path / "whole"), []
+    asked = [False]
+    monkeypatch.setattr(brought.signals, "requested", lambda: asked[0])
+
+    def check():
+        if asked[0]:
+            asked[0] = False
+            raise brought.signals.Preempted("asked")
+
+    monkeypatch.setattr(brought.signals, "check", check)
+    real = brought.soft_cross_entropy
+
+    def counted(*a):
+        steps.append(0)
+        asked[0] = len(steps) in (3, 7)
+        return real(*a)
+
+    monkeypatch.setattr(brought, "soft_cross_entropy", counted)
+    for _ in range(2):
+        with pytest.raises(brought.signals.Preempted):
+            trained(tmp_path / "cut")
+    again = trained(tmp_path / "cut")
+    assert len(steps) == 4 * 6, "no step is done twice"
+    assert torch.equal(again.weight, whole.weight) and torch.equal(again.bias, whole.bias)

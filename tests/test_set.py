@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import cli
+from PIL import Image
 from set_tools import (
     ALONE,
     config_of,
@@ -332,3 +333,32 @@ def test_no_list_of_samples_is_held_in_memory(house, tmp_path):
     opened._sample = lambda *at: dataclasses.replace(read(*at), content=Counted(read(*at).content))
     formats.write_webdataset(opened, tmp_path / "tar")
     assert 0 < most[0] <= 3
+
+
+# What a student of an exported set is tried on
+
+
+def test_fit_says_what_is_wrong_with_its_files_before_it_trains(
+    online, tmp_path, monkeypatch, same_threads
+):
+    monkeypatch.setattr(fit, "fit", lambda *a, **k: pytest.fail("training has begun"))
+    names = fit.describe(online).classes
+    test = tmp_path / "test"
+    for name in names:
+        deep = test / name / "images"
+        deep.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(deep / "a.png")
+        (deep / "._a.png").write_bytes(b"what a Mac leaves")
+    assert fit.read_test(test, fit.describe(online)).labels.tolist() == list(range(len(names)))
+    with pytest.raises(UserError, match="that is a folder; say the file too"):
+        fit.run(online, None, None, 0, test, tmp_path)
+    (deep / "b.png").write_bytes((deep / "a.png").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"b\.png: not an image that can be read"):
+        fit.run(online, None, None, 0, test, None)
+
+
+def test_a_student_that_diverges_is_an_error_at_once(online, monkeypatch, same_threads):
+    told = fit.describe(online)
+    wild = dataclasses.replace(told, training=told.training.model_copy(update={"lr": 1e30}))
+    with pytest.raises(UserError, match=r"the loss is nan after \d epochs; lower evaluate\.lr"):
+        fit.fit(online, wild, fit.join(told), epochs=50)

@@ -228,8 +228,10 @@ class DaliImages:
         for k, found in enumerate(self._idle):
             if found.batch_size >= batch_size and (found.cut, found.side) == (cut, side):
                 return self._idle.pop(k)
-        # Another batch has come: the earlier pipelines' buffers are not needed beside it.
-        self._idle.clear()
+        # Of the earlier ones the buffers are not needed beside it, but for one of another kind:
+        # initialization asks for two in turn, of crops that are judged and of those that are kept.
+        others = [p for p in self._idle if (p.cut, p.side) != (cut, side)]
+        self._idle = others[-1:]
         how = (side, self.device, self.threads, cut, self.on_cpu)
         return _Pipeline(batch_size, *how)
 

@@ -32,6 +32,11 @@ def check(settings: Given) -> None:
     net = (expert.net, expert.width, expert.norm, settings.images.resolution)
     registry.check(*net)
     growth.check(settings.role, expert, settings.train, settings.images.resolution)
+    if expert.warmup_epochs >= expert.epochs:
+        raise UserError(
+            f"{settings.role}.warmup_epochs={expert.warmup_epochs}: the rate would rise until the "
+            f"end of {settings.role}.epochs={expert.epochs}; set fewer of the former"
+        )
     if settings.role == "observer" and not flops.norm_layers(*net):
         raise UserError(
             f"observer.net={expert.net} with norm={expert.norm} has no BatchNorm layer to align: "
