@@ -26,7 +26,7 @@ from ltdd_scale.labels.catalog import KINDS
 from ltdd_scale.labels.contract import Maker
 from ltdd_scale.labels.stage import stage as relabel_stage
 from ltdd_scale.labels.views import draw_epoch, view_spec
-from ltdd_scale.models import frozen, registry
+from ltdd_scale.models import flops, frozen, registry
 from ltdd_scale.publish import tables
 from ltdd_scale.results import NUMBERS, Student, labels_of
 from ltdd_scale.runtime import files, signals
@@ -643,7 +643,11 @@ def test_cost_of_students():
     )
     assert whole.flops / small.flops == pytest.approx(5 * 160 / (3 * 6))
     online = settings_of(single_stage.stages(config_of(), ROLES)[0], config_of())
-    assert cost.student(online, facts).flops / small.flops == pytest.approx(4 / 3)
+    teacher = config_of().teacher
+    net = (teacher.net, teacher.width, teacher.norm, config.data.resolution)
+    assert net[1] != config.evaluate.width, "the teacher's own net counts, not the student's"
+    more = cost.student(online, facts).flops - small.flops
+    assert more == pytest.approx(3 * 6 * flops.forward(*net))
     assert small.memory > 0 and small.disk > 0
 
 

@@ -94,7 +94,7 @@ def test_the_ablation_switches_each_strategy_off():
     good, _ = found.load_points(["data.path=/somewhere"])
     off = {
         name: (
-            config.observer.reweight_power > 0 and config.teacher.resample_power > 0,
+            config.observer.prior > 0,
             config.calibrate.fair,
             config.initialize.select,
             config.recover.matching > 0,

@@ -298,7 +298,7 @@ def test_units():
         names.index(i) < names.index(n) for n in names for i in found[n].inputs if i in names
     )
     assert set(found["evaluate"].inputs) >= {"grouping", *more}
-    facts = Facts((100, 50, 10), 30)
+    facts = Facts((100, 50, 10), 1)
     costs = [
         cost.student(settings_of(found[n], config), facts)
         for n in ("student/random-single-convnet3-s0", part.name)
