@@ -165,7 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     args = parser().parse_args(arguments)
     action = _look if args.command in LOOKING else _work
-    return guarded(lambda: action(args))
+    looks = args.command in LOOKING and args.command not in ("sweep", "fit", "export")
+    return guarded(lambda: action(args), looks)
 
 
 def console() -> None:

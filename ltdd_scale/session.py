@@ -138,6 +138,7 @@ def _take(session: Session) -> None:
         "store": str(session.store),
         "source": session.request.source,
         "chosen": chosen_images(session.config),
+        "location": look_up(session.config, Section("data", Location)).model_dump(),
         "stages": before.get("stages", {}),
     }
     if session.request.asked:

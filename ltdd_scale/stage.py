@@ -47,10 +47,12 @@ Place = str | Section
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the real set before any work: training images of each class, test images."""
+    """What is known of the real set before any work: training images of each class, test images,
+    and the mean bytes of an image's file (0: not known)."""
 
     counts: tuple[int, ...]
     judged: int = 0
+    image_bytes: float = field(default=0.0, compare=False)
 
     @property
     def num_classes(self) -> int:

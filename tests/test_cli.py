@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from ltdd_scale import arguments
 from ltdd_scale.config import load
-from ltdd_scale.launch import sweep
+from ltdd_scale.launch import guard, sweep
 
 
 def variant(tmp_path, text, **sections):
@@ -405,6 +405,48 @@ def test_data_that_moved_and_data_that_changed(tmp_path):
     done = cli("shard", path, *where, "--set", f"data.path={tmp_path / 'elsewhere'}")
     assert done.returncode == 0 and "shard …" in done.stdout, done.stdout
     assert folder_of(tmp_path / "r", "shard") != before
+
+
+def test_a_list_that_is_wrong_is_no_set_that_is_away(tmp_path):
+    """What was made before is not shown as what the config says now."""
+    image_folder(tmp_path / "real", {"a": 12, "b": 12}, "train")
+    image_folder(tmp_path / "real", {"a": 2, "b": 2}, "test")
+    for split, count in (("train", 12), ("test", 2)):
+        lines = [f"{split}/{c}/{k:03d}.png {i}" for i, c in enumerate("ab") for k in range(count)]
+        (tmp_path / "real" / f"{split}.txt").write_text("\n".join(lines))
+    names = {"train_list": "train.txt", "test_list": "test.txt", "path": str(tmp_path / "real")}
+    path = variant(tmp_path, TINY, data={"source": "list", "resolution": 8, **names})
+    where = ("--out", tmp_path / "r", "--nproc", 1)
+    assert cli("shard", path, *where).returncode == 0
+    said_plainly(cli("shard", path, *where, "--set", "data.train_list=other.txt"), "other.txt")
+    with open(tmp_path / "real" / "train.txt", "a") as f:
+        f.write("\ntrain/a/000.png O\n")
+    said_plainly(cli("shard", path, *where), "train.txt, line 25")
+    (tmp_path / "real").rename(tmp_path / "away")
+    done = cli("shard", path, *where)
+    assert done.returncode == 0 and "what was made of them counts" in done.stderr, done.stderr
+    said_plainly(cli("shard", path, *where, "--set", "data.path=/nowhere"), "/nowhere")
+
+
+def test_a_run_that_was_interrupted_can_be_looked_at(tmp_path, tiny):
+    where = ("--out", tmp_path / "r", "--nproc", 1)
+    assert cli("shard", tiny, *where).returncode == 0
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    record["stages"] = {}  # as the first command leaves it until it ends
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    assert "digits" in cli("inspect", tmp_path / "r").stdout
+    done = cli("verify", tmp_path / "r")
+    assert done.returncode == 0 and "as recorded" in done.stdout
+    for folder in (tmp_path / "store" / "shard").iterdir():
+        shutil.rmtree(folder)
+    said_plainly(cli("verify", tmp_path / "r"), "nothing to verify")
+
+
+def test_what_works_is_not_done_where_nobody_reads():
+    def cut():
+        raise BrokenPipeError
+
+    assert guard.guarded(cut, looks=True) == 0 and guard.guarded(cut) == guard.CUT
 
 
 def test_what_was_resolved_stays(finished):

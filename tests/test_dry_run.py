@@ -476,3 +476,22 @@ def test_a_dry_run_with_a_deadline(absent, tmp_path):
     said_plainly(cli("sweep", absent, "--dry-run", "--deadline", "3"), "and --cluster slurm")
     wrong = cli("sweep", absent, "--dry-run", "--deadline", "soon")
     assert wrong.returncode == 2 and "expected hours, such as 4 or 0.5" in wrong.stderr
+
+
+def test_memory_is_that_of_the_tightest_group_we_are_in(tmp_path):
+    """A batch system sets its limit on a group on the way down, of either version."""
+    own = tmp_path / "cgroup"
+    own.write_text("4:cpu,cpuacct:/x\n3:memory:/slurm/job_7/step_0\n0::/system/job_8\n")
+    limits = estimate.limits
+    found = [p for p, *_ in limits._groups(tmp_path / "root", own)]
+    at = tmp_path / "root"
+    assert found == [
+        at / "system" / "job_8" / "memory.max",
+        at / "system" / "memory.max",
+        at / "memory.max",
+        *(
+            at / "memory" / g / "memory.limit_in_bytes"
+            for g in ("slurm/job_7/step_0", "slurm/job_7", "slurm", "")
+        ),
+    ]
+    assert len(list(limits._groups(at, tmp_path / "none"))) == 2

@@ -164,12 +164,12 @@ def test_a_sharding_killed_alone_leaves_no_worker_that_holds_its_folder(tmp_path
     path.write_text(f"data: {{{data}}}\n")
     where = ("--out", tmp_path / "r", "--store", tmp_path / "store", "--nproc", 1)
     running = started("shard", path, *where)
-    while not list((tmp_path / "store").rglob("*.part.json")):
+    while not list((tmp_path / "store").rglob("*.part.tmp")):
         assert running.poll() is None, "over before it could be killed"
         time.sleep(0.005)
     running.kill()
     running.wait()
-    finished_parts = len(list((tmp_path / "store").rglob("*.part.json")))
+    finished_parts = len(list((tmp_path / "store").rglob("*.part.tmp")))
     assert 0 < finished_parts < 31
     done = process("shard", path, *where, timeout=60)
     assert done.returncode == 0, done.stderr

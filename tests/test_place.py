@@ -42,6 +42,20 @@ def test_a_slurm_step_is_taken_for_ranks():
     assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
 
 
+@pytest.mark.parametrize(
+    ("said", "local_size"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),4,1"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, 4),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 2),
+        ({}, 4),
+    ],
+)
+def test_how_many_ranks_a_node_has(said, local_size):
+    assert place.read({**STEP, **said}).local_size == local_size
+
+
 def test_torchrun_in_a_slurm_step_wins():
     env = {**STEP, "RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
     assert place.read(env).world_size == 8

@@ -1,3 +1,5 @@
+import dataclasses
+import errno
 import gc
 import io
 import tarfile
@@ -14,7 +16,7 @@ from ltdd_scale.data import admit, digest, sharding, shards, sources
 from ltdd_scale.data.settings import Chosen, Data, Location
 from ltdd_scale.data.shards import ShardSplit
 from ltdd_scale.data.stage import stage as record
-from ltdd_scale.errors import UserError
+from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime.context import Context
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.runtime.ranks import Ranks
@@ -36,7 +38,9 @@ def silent(title, total, unit):
 
 def write(folder, source, workers=1, **chosen):
     stored = Chosen(**{"shard_images": 5, **chosen})
-    return sharding.write(folder, "set", source, stored, workers, silent)
+    made = sharding.write(folder, "set", source, stored, workers, silent)
+    sharding.clean(folder)
+    return made
 
 
 def written(folder, source, workers=1, **chosen):
@@ -234,14 +238,18 @@ def test_stored_squares_are_upright_and_transparent_images_on_white(tmp_path, so
     clear = np.zeros((40, 40, 4), np.uint8)
     clear[:, :20, 3] = 255
     Image.fromarray(clear).save(real / "clear.png")
+    both = np.dstack([picture, np.full((40, 40), 255, np.uint8)])
+    Image.fromarray(both).save(real / "both.png", exif=exif)
     marked = Image.fromarray(picture[..., 0] // 200)
     marked.save(real / "marked.png", transparency=0)
     written(tmp_path / "s", source(), store_resolution=40)
     written(tmp_path / "whole", source())
     split = ShardSplit(tmp_path / "s", "train")
     names = [n.split("/")[-1] for n in split.names]
-    seen = {n: np.asarray(split.image(names.index(n))) for n in ("turned.png", "clear.png")}
-    assert (seen["turned.png"][:, 20:, 0] == 200).all() and not seen["turned.png"][:, :20].any()
+    shown = ("turned.png", "both.png", "clear.png")
+    seen = {n: np.asarray(split.image(names.index(n))) for n in shown}
+    for name in shown[:2]:
+        assert (seen[name][:, 20:, 0] == 200).all() and not seen[name][:, :20].any()
     assert not seen["clear.png"][:, :20].any() and (seen["clear.png"][:, 20:] == 255).all()
     whole = ShardSplit(tmp_path / "whole", "train")
     for name in ("clear.png", "marked.png"):
@@ -337,6 +345,8 @@ def test_the_stage_writes_a_set_and_takes_one_over(tmp_path, source):
     assert facts == {"train": 16, "largest": 9, "smallest": 2, "quarantined": 0}
     written(tmp_path / "same", sources.open_source(data))
     (tmp_path / "made" / ".progress.json").unlink()
+    assert list((tmp_path / "made").glob("*.part.tmp")), "until it is sealed"
+    sharding.clean(tmp_path / "made")
     assert contents(tmp_path / "made") == contents(tmp_path / "same")
     (tmp_path / "made" / ".lock").touch()
     known = shards.facts(tmp_path / "made")
@@ -401,3 +411,39 @@ def test_a_class_without_an_image_that_can_be_read_is_named(tmp_path):
     ) as wrong:
         sharding.write(tmp_path / "shards", "set", sources.open_source(data), data)
     assert "BytesIO" not in str(wrong.value)
+
+
+def test_an_error_of_the_file_system_or_of_memory_is_none_of_the_image(tmp_path, source):
+    """It would be left out for good: the set is sealed without it."""
+    real = source()
+
+    def failing(error):
+        def read(i):
+            if i == 2:
+                raise error
+            return real.train.read(i)
+
+        return dataclasses.replace(real, train=dataclasses.replace(real.train, read=read))
+
+    passing = OSError(errno.ESTALE, "Stale file handle")
+    for k, (error, raised) in enumerate([(passing, PassingError), (MemoryError(), MemoryError)]):
+        with pytest.raises(raised):
+            written(tmp_path / str(k), failing(error))
+    found = written(tmp_path / "s", failing(OSError(errno.EACCES, "Permission denied")))
+    assert found["quarantined"] == 1
+
+
+def test_a_shard_is_the_same_however_many_threads_decode_it(tmp_path, source, monkeypatch):
+    told = []
+
+    class Heard:
+        def update(self, done):
+            told.append(done)
+
+    monkeypatch.setattr(sharding, "TOLD", 2)
+    for workers in (1, 5):
+        (folder := tmp_path / str(workers)).mkdir()
+        stored = Chosen(source="folder")
+        sharding.write(folder, "set", source(), stored, workers, lambda *_: Heard())
+    assert contents(tmp_path / "1") == contents(tmp_path / "5")
+    assert len(set(told)) > 6, "it says how far it is inside a shard"

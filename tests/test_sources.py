@@ -270,7 +270,10 @@ def test_a_file_that_is_trained_and_tested_on(tmp_path):
     (tmp_path / "test.txt").write_text("val/000.png 0\nval/001.png 1\n")
     (tmp_path / "train.txt").write_text("train/a/000.png 0\ntrain/b/000.png 1\n")
     (tmp_path / "val.txt").write_text("train/a/000.png 0\n")
-    assert sources.open_source(data.model_copy(update={"val_list": "val.txt"})).val is not None
+    held = data.model_copy(update={"val_list": "val.txt"})
+    assert sources.open_source(held).val is not None
+    with pytest.raises(UserError, match=r"val/000.png is in the validation list too"):
+        sources.open_source(data.model_copy(update={"val_list": "test.txt"}))
 
 
 def test_tiny_imagenets_annotations_name_an_image_once_and_are_text(tmp_path):
@@ -463,7 +466,7 @@ def test_an_unknown_source_is_named():
 
 def test_what_systems_and_people_leave_in_folders_is_no_class_and_no_image(tmp_path):
     image_folder(tmp_path, {"a": 5, "b": 4, "c": 1}, ".")
-    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "a/.picasaoriginals", "b/__MACOSX"):
         image_folder(tmp_path, {hidden: 2}, ".")
     (tmp_path / "a" / "._000.png").write_bytes(b"x")
     (tmp_path / "a" / ".DS_Store").write_bytes(b"x")
@@ -505,3 +508,40 @@ def test_a_folder_beside_train_and_test_may_hold_the_validation_images(tmp_path)
         sources.open_source(
             Data(source="folder", path=str(tmp_path / "train"), test_fraction=0.2, val_folder="val")
         )
+
+
+def test_what_is_wrong_with_a_folder_is_said_as_it_is(tmp_path):
+    def opened(path, **more):
+        return sources.open_source(Data(source="folder", path=str(path), **more))
+
+    for name in ("cat", "dog"):
+        (tmp_path / "phone" / name).mkdir(parents=True)
+        (tmp_path / "phone" / name / "1.heic").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"images in 0 of 2 class folders .* unknown types: 2 \.heic"
+    ):
+        opened(tmp_path / "phone", test_fraction=0.2, min_per_class=2)
+    image_folder(tmp_path / "deep" / "images", {"cat": 5, "dog": 5}, ".")
+    for least in (0, 2):
+        with pytest.raises(UserError, match="one level too high"):
+            opened(tmp_path / "deep", test_fraction=0.2, min_per_class=least)
+    with pytest.raises(UserError, match="one level too high"):
+        sources.facts(Data(source="folder", path=str(tmp_path / "deep"), test_fraction=0.2))
+    image_folder(tmp_path / "railway", {"train": 5, "bus": 5}, ".")
+    with pytest.raises(UserError, match="a class cannot be called train"):
+        opened(tmp_path / "railway", test_fraction=0.2)
+
+
+def test_names_that_are_no_text_can_be_noted(tmp_path):
+    image_folder(tmp_path, {"a": 5, "b": 5}, ".")
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9")).write_bytes(b"x")
+    data = Data(source="folder", path=str(tmp_path), profile="full", test_fraction=0.3)
+    said = sources.open_source(data).notes["skipped"]
+    assert said.startswith("1 caf") and said.encode()
+
+
+def test_the_size_of_files_is_found_for_the_estimate(tmp_path):
+    image_folder(tmp_path, {"a": 30, "b": 30}, ".", size=20)
+    data = Data(source="folder", path=str(tmp_path), profile="full", test_fraction=0.3)
+    true = np.mean([p.stat().st_size for p in tmp_path.rglob("*.png")])
+    assert sources.facts(data).image_bytes == pytest.approx(true, rel=0.1)

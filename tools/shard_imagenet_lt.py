@@ -66,6 +66,7 @@ def main() -> int:
         source = sources.open_source(data)
         args.out.mkdir(parents=True, exist_ok=True)
         sharding.write(args.out, "imagenet_lt", source, data, args.workers)
+        sharding.clean(args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from ltdd_scale.data.settings import Chosen
-from ltdd_scale.data.shards import rgb, square
+from ltdd_scale.data.shards import is_turned, rgb, square, upright
 
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
 # each in its own way: it is rewritten as RGB in a PNG.
 KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 
-TURNED = 95  # JPEG quality of photographs that are turned and stored in their own size
+REWRITTEN = 95  # JPEG quality of photographs whose bytes cannot be kept, in their own size
 
 VALUES = np.arange(256)
 # The mean colour is taken of every k-th pixel of every k-th row, k such that a short side of at
@@ -46,6 +48,15 @@ class Colours:
         self.pixels += rgb.width * rgb.height
 
 
+@contextmanager
+def strict_about_size() -> Generator[None]:
+    """Images so large that they may be an attack are refused, by an exception. Around all calls of
+    `admit`: threads share what Python does of warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], Image.Image]:
     """Bytes to store, their extension, the stored image's width and height, and the decoded RGB
     image. Raises with the reason where it does not decode.
@@ -58,22 +69,21 @@ def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], 
     if not content:
         raise ValueError("zero bytes")
     side, quality = chosen.store_resolution, chosen.store_quality
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(content))
-        size, ext = image.size, KEPT.get((image.format or "", image.mode))
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        ext = None if turned or image.has_transparency_data else ext
-        if ext and not side and min(size) >= 2 * SAMPLED:
-            image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
-        image.load()
-    shown = ImageOps.exif_transpose(rgb(image)) if turned else rgb(image)
+    image = Image.open(io.BytesIO(content))
+    size, ext = image.size, KEPT.get((image.format or "", image.mode))
+    turned = is_turned(image)
+    ext = None if turned or image.has_transparency_data else ext
+    if ext and not side and min(size) >= 2 * SAMPLED:
+        image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
+    image.load()
+    shown = rgb(upright(image))
     if side:
         shown, ext = square(shown, side), None
     if ext is None:
-        if not side and image.format == "JPEG" and turned:
-            quality = TURNED  # a photograph as PNG would be ten times as large
-        buffer, as_jpeg = io.BytesIO(), bool(quality and (side or turned))
+        photograph = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+        if photograph and not side:
+            quality = REWRITTEN  # as PNG it would be ten times as large
+        buffer, as_jpeg = io.BytesIO(), bool(quality and (side or photograph))
         shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")
         content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", shown.size
     return content, ext, size, shown

@@ -46,16 +46,30 @@ def open_all(data: Data) -> Source:
     skipped: Counter[str] = Counter()
     everything = _split(layout, layout.train, skipped)
     if skipped:
-        notes["skipped"] = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+        notes["skipped"] = _named(f"{n} {kind}" for kind, n in skipped.most_common())
     if data.min_per_class > 1:
+        _refuse_few(layout, everything, notes)
         layout, few = _large_enough(layout, everything, data.min_per_class)
         everything = _split(layout, layout.train)
         if few:
-            notes["small classes"] = ", ".join(few)
+            notes["small classes"] = _named(few)
     if layout.held:
         val = _split(layout, layout.validation) if layout.validation else None
         return Source(layout.classes, everything, _test(layout), val, notes)
     return Source(layout.classes, *_shared_out(everything, layout, data), notes=notes)
+
+
+def _refuse_few(layout: _Layout, everything: Split, notes: dict[str, str]) -> None:
+    """Raise `UserError` where less than two class folders hold images: then it is not the number of
+    images that is wrong."""
+    there = len(np.unique(everything.labels))
+    if there < 2:
+        skipped = f" Files of unknown types: {notes.get('skipped')}"
+        raise UserError(
+            f"{layout.root / layout.train}: images in {there} of {len(layout.classes)} class "
+            f"folders ({', '.join(layout.classes[:5])}), and two are needed: is data.path one "
+            f"level too high, or too low?{skipped if 'skipped' in notes else ''}"
+        )
 
 
 def _large_enough(layout: _Layout, everything: Split, least: int) -> tuple[_Layout, list[str]]:
@@ -127,7 +141,7 @@ def _unused(root: Path, data: Data) -> dict[str, str]:
         notes["unused folder"] = "val"
     elsewhere = {c for s in here for c in _classes(root / s)} - set(known)
     if elsewhere and not (root / "val" / "val_annotations.txt").exists():
-        notes["classes without training images"] = ", ".join(sorted(elsewhere))
+        notes["classes without training images"] = _named(sorted(elsewhere))
     return notes
 
 
@@ -141,7 +155,15 @@ def _layout(root: Path, data: Data) -> _Layout:
         )
     classes = _classes(root / train)
     if not classes:
-        raise UserError(f"{root / train}: no class folders in it: put the images into one for each")
+        own = any(p.suffix.lower() in IMAGE_NAMES for p in (root / train).iterdir())
+        raise UserError(
+            f"{root / train}: no class folders in it: "
+            + (
+                "a class cannot be called train beside others; rename its folder"
+                if train and own and len(_classes(root)) > 1
+                else "put the images into one for each"
+            )
+        )
     annotations = root / "val" / "val_annotations.txt"
     held = next((s for s in ("test", "val") if train and (root / s).is_dir()), "")
     beside = os.path.basename(validation) == validation and (root / validation).is_dir()
@@ -167,7 +189,17 @@ def _layout(root: Path, data: Data) -> _Layout:
 def _classes(folder: Path) -> list[str]:
     """Names of the class folders in it. What systems and editors hide there is none."""
     there = (p.name for p in folder.iterdir() if p.is_dir())
-    return sorted(name for name in there if not name.startswith((".", "__MACOSX")))
+    return sorted(name for name in there if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether systems and editors keep their own in a file or folder of this name."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _named(names: Iterable[str]) -> str:
+    """Names in a note. What is no UTF-8 is shown as far as it goes."""
+    return os.fsencode(", ".join(names)).decode(errors="replace")
 
 
 def _split(layout: _Layout, split: str, skipped: Counter[str] | None = None) -> Split:
@@ -228,7 +260,7 @@ def _images(
     """Images below `top`, at any depth, by their names relative to `root`, in no order.
 
     A link to an image is one; a link to a folder below `top` is not followed, since it may lead
-    back. Hidden files are none. `skipped` counts files of other types.
+    back. What is hidden is none. `skipped` counts files of other types.
     """
     cut = len(os.path.join(root, ""))
     folders = [os.path.join(root, top)]
@@ -237,10 +269,10 @@ def _images(
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    if _is_hidden(entry.name):
+                        continue
                     if _is_folder(entry):
                         folders += [] if entry.is_symlink() else [entry.path]
-                    elif entry.name.startswith("."):
-                        continue
                     elif entry.name.lower().endswith(IMAGE_NAMES):
                         yield entry.path[cut:], entry
                     elif skipped is not None:

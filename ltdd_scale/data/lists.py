@@ -48,7 +48,9 @@ def open_all(data: Data) -> Source:
     classes = _class_names(train)
     located = {key: _locate(root, found, classes) for key, found in listed.items()}
     # Validation images may be training images, as ImageNet-LT's are.
-    _refuse_shared(train, located["train"][1], listed["test"], located["test"][1])
+    for key in ("train", "val"):
+        if key in listed:
+            _refuse_shared(listed[key], located[key][1], listed["test"], located["test"][1], key)
     splits = {
         key: from_files(root, names, listed[key].labels, where)
         for key, (names, where) in located.items()
@@ -179,14 +181,16 @@ def _refuse_twice(listed: Listed, where: Sequence[str]) -> None:
 
 
 def _refuse_shared(
-    train: Listed, train_where: Sequence[str], test: Listed, test_where: Sequence[str]
+    train: Listed, train_where: Sequence[str], test: Listed, test_where: Sequence[str], key: str
 ) -> None:
-    """A file that is trained and tested on. `…_where` are the files that the lines mean."""
+    """A file that is tested on, and trained on, or chosen by. `…_where` are the files that the
+    lines mean, `key` is "train" or "val"."""
+    called = {"train": "training", "val": "validation"}[key]
     trained = {name: k for k, name in enumerate(train_where)}
     for k, name in enumerate(test_where):
         if name in trained:
             raise UserError(
-                f"{test.path}, line {test.lines[k]}: {name} is in the training list too "
+                f"{test.path}, line {test.lines[k]}: {name} is in the {called} list too "
                 f"({train.path}, line {train.lines[trained[name]]}): keep it in one of them"
             )
 

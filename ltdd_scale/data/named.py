@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ltdd_scale.data.shards import rgb, square
+from ltdd_scale.data.shards import rgb, square, upright
 from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
 
@@ -33,7 +33,7 @@ def read_images(folder: Path, names: list[str], resolution: int) -> Named:
         row, path = numbered
         try:
             with Image.open(path) as image:
-                shown = np.asarray(square(ImageOps.exif_transpose(rgb(image)), resolution))
+                shown = np.asarray(square(rgb(upright(image)), resolution))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not an image that can be read ({error})") from None
         pixels[row] = shown.transpose(2, 0, 1)
@@ -50,8 +50,8 @@ def find_images(folder: Path, names: list[str]) -> list[list[Path]]:
     out = []
     for c, name in enumerate(names):
         there = (folder / name).rglob("*")
-        shown = (p for p in there if not any(q[0] == "." for q in p.relative_to(folder).parts))
-        found = sorted(p for p in shown if p.suffix.lower() in IMAGE_NAMES)
+        own = (p for p in there if not any(q[0] == "." for q in p.relative_to(folder / name).parts))
+        found = sorted(p for p in own if p.suffix.lower() in IMAGE_NAMES)
         if not found:
             raise UserError(f"{folder / name}: no images of class {c} there")
         out.append(found)

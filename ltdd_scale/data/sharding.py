@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 import tarfile
+from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,16 +22,17 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from ltdd_scale.data import digest, shards, sources
-from ltdd_scale.data.admit import Colours, admit
+from ltdd_scale.data.admit import Colours, admit, strict_about_size
 from ltdd_scale.data.longtail import GROUPS, shot_groups
 from ltdd_scale.data.settings import Chosen, Data, Location
 from ltdd_scale.data.split import Source, Split
-from ltdd_scale.errors import UserError
+from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime import files, signals
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.stage import Cost, Facts
 
 # Bytes of an image as its source has it, where nothing is known yet: for the estimate of the disk.
+DECODED_BYTES = 110e3  # of the images whose decoding was timed (`launch.devices`)
 ORIGINAL = {"digits": 2.5e3, "list": 110e3, "folder": 12e3, "shards": 0.0}
 
 # What a source notes of what it did not take → how that is said.
@@ -39,6 +42,8 @@ LEFT_OUT = {
     "classes without training images": "classes without training images are left out",
     "unused folder": "not used; data.val_folder says that it holds validation images",
 }
+
+TOLD = 16  # images between two words on a shard that is under way
 
 Report = Callable[[str, int, str], Progress]  # of a title, a total and its unit
 
@@ -84,15 +89,17 @@ def run(settings: Any, context: Any) -> dict[str, Any]:
 
 
 def cost(settings: Any, facts: Facts) -> Cost:
-    """Disk by a guess of an image's bytes, memory for one image in each worker."""
+    """Disk by an image's bytes, as found or guessed, memory for one image in each worker. Images
+    that are larger than those whose decoding was timed take as much longer."""
     chosen: Chosen = settings.chosen
-    one = ORIGINAL.get(chosen.source, 12e3)
+    one = original = facts.image_bytes or ORIGINAL.get(chosen.source, 12e3)
     if chosen.store_resolution and one:
         one = chosen.store_resolution**2 * (0.4 if chosen.store_quality else 2.0)
     held = facts.num_classes * chosen.val_per_class
     held += facts.num_images * chosen.val_fraction / (1 - chosen.val_fraction)
     images = facts.num_images + facts.judged + held
-    return Cost(memory=_workers() * 32e6, disk=images * one)
+    decodes = images * max(1.0, original / DECODED_BYTES) if original else 0.0
+    return Cost(memory=_workers() * 32e6, disk=images * one, decodes=decodes)
 
 
 def shown(title: str, total: int, unit: str) -> Progress:
@@ -151,8 +158,6 @@ def write(
     counts = manifest["splits"]["train"]["counts"]
     manifest["groups"] = [GROUPS[g] for g in shot_groups(counts)]
     files.write_json(folder / "manifest.json", manifest)
-    for part in folder.glob("*.part.json"):
-        part.unlink()
     return manifest
 
 
@@ -199,25 +204,33 @@ def _write_shards(
         else:
             todo.append((k, (str(path), first, last, chosen)))
     done = sum(len(p["rows"]) + len(p["bad"]) for p in parts.values())
-    with closing(_worked(todo, workers)) as finished:
+    # Few shards: each is written on several cores.
+    threads = max(1, workers // max(len(todo), 1))
+    with closing(_worked(todo, workers, threads, lambda n: progress.update(done + n))) as finished:
         for k, part in finished:
             parts[k] = part
             progress.update(done := done + len(part["rows"]) + len(part["bad"]))
     return [parts[k] for k in range(len(starts))]
 
 
-def _worked(todo: list[tuple[int, tuple]], workers: int) -> Generator[tuple[int, dict], None, None]:
-    """Each finished shard with its number, in their order."""
+def _worked(
+    todo: list[tuple[int, tuple]], workers: int, threads: int, tell: Callable[[int], None]
+) -> Generator[tuple[int, dict], None, None]:
+    """Each finished shard with its number, in their order. `tell` hears of the images of one that
+    is under way here."""
     if workers == 1 or len(todo) <= 1:
         for k, arguments in todo:
-            yield k, _write_shard(*arguments)
+            yield k, _write_shard(*arguments, threads, tell)
         return
     with ProcessPoolExecutor(
         min(workers, len(todo)), mp_context=get_context("fork"), initializer=signals.helper
     ) as pool:
-        jobs = [(k, pool.submit(_write_shard, *arguments)) for k, arguments in todo]
+        write_shard = partial(_write_shard, threads=threads)
+        jobs = [(k, pool.submit(write_shard, *arguments)) for k, arguments in todo]
         try:
             for k, job in jobs:
+                while not wait([job], timeout=0.5).done:
+                    signals.check()
                 yield k, job.result()
         except BaseException:
             # Asked to stop, or a full disk: the shards under way are ended, no others begun.
@@ -230,29 +243,38 @@ def _worked(todo: list[tuple[int, tuple]], workers: int) -> Generator[tuple[int,
 _SPLIT: Split | None = None
 
 
-def _write_shard(path: str, first: int, last: int, chosen: Chosen) -> dict[str, Any]:
+def _write_shard(
+    path: str,
+    first: int,
+    last: int,
+    chosen: Chosen,
+    threads: int = 1,
+    tell: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
     """Write images first … last−1 of the split as one tar with its index; return the rows that
-    describe them."""
+    describe them. Images are decoded by `threads`; `tell` hears how many there are."""
     assert _SPLIT is not None
-    rows, bad, index, colours = [], [], [], Colours()
-    with files.replacing(path) as f:
-        tar = _Hashing(f)
+    split, rows, bad, index, colours = _SPLIT, [], [], [], Colours()
+    with ExitStack() as held:
+        tar = _Hashing(held.enter_context(files.replacing(path)))
         writer = TarWriter(cast(BinaryIO, tar), mtime=0, encoder=False)
-        for i in range(first, last):
-            name, label = _SPLIT.names[i], int(_SPLIT.labels[i])
-            try:
-                content, ext, size, seen = admit(_SPLIT.read(i), chosen)
-            except Exception as error:
+        images = _admitted(split, range(first, last), chosen, threads)
+        for i, found in held.enter_context(closing(images)):
+            name, label = split.names[i], int(split.labels[i])
+            if isinstance(found, Exception):
                 # Where in memory the bytes were is nobody's business.
-                said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
-                reason = f"{type(error).__name__}: {said}"
+                said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(found))
+                reason = f"{type(found).__name__}: {said}"
                 bad.append({"index": i, "name": name, "label": label, "reason": reason})
                 continue
+            content, ext, size, seen = found
             members = {"cls": b"%05d" % label, ext: content}
             index.append(_index_line(f"{i:08d}", members, writer.tarstream.offset))
             writer.write({"__key__": f"{i:08d}", **members})
             rows.append([i, label, *size])
             colours.add(seen)
+            if len(rows) % TOLD == 0:
+                tell(len(rows) + len(bad))
         writer.close()
     files.write_text(Path(path).with_suffix(".idx"), "\n".join([f"v1.2 {len(index)}", *index, ""]))
     part = {
@@ -269,9 +291,49 @@ def _write_shard(path: str, first: int, last: int, chosen: Chosen) -> dict[str, 
     return part
 
 
+def _admitted(
+    split: Split, indices: range, chosen: Chosen, threads: int
+) -> Generator[tuple[int, Any], None, None]:
+    """Each image with what `admit` makes of it, or with why it does not decode, in their order. A
+    few are under way: all would be gigabytes. Raises what is no fault of the image: a passing one
+    of the file system, or memory that has run out."""
+
+    def one(i: int) -> Any:
+        try:
+            return admit(split.read(i), chosen)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and files.kind(error) is PassingError:
+                raise PassingError(f"{split.names[i]}: {error.strerror}") from error
+            return error
+
+    under_way: deque[tuple[int, Future]] = deque()
+    with ThreadPoolExecutor(threads, "admit") as pool, strict_about_size():
+        try:
+            for i in indices:
+                under_way.append((i, pool.submit(one, i)))
+                if len(under_way) > 2 * threads:
+                    first, found = under_way.popleft()
+                    yield first, found.result()
+            while under_way:
+                first, found = under_way.popleft()
+                yield first, found.result()
+        finally:
+            for _, found in under_way:
+                found.cancel()
+
+
 def _part_file(path: str | Path) -> Path:
-    """What describes a finished shard until the manifest is written."""
-    return Path(f"{path}.part.json")
+    """What describes a finished shard, until all are (`clean`)."""
+    return Path(f"{path}.part.tmp")
+
+
+def clean(folder: Path) -> None:
+    """Take away what only the writing needed. Stages do so when they are sealed: a run that is
+    killed before finds its shards."""
+    for part in folder.glob("*.part.tmp"):
+        part.unlink()
 
 
 def _made(split: Split, first: int, last: int, chosen: Chosen) -> list[int | str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ltdd_scale.data.settings import Data
 from ltdd_scale.data.split import Source
@@ -51,6 +51,15 @@ def manifest_file(folder: Path) -> Path:
             "'ltdd-scale shard' make one"
         )
     return path
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as EXIF says that it is to be shown. Before `rgb`, which may lose what EXIF says."""
+    return ImageOps.exif_transpose(image) if is_turned(image) else image
+
+
+def is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
 
 def rgb(image: Image.Image) -> Image.Image:

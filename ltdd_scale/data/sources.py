@@ -16,6 +16,7 @@ from ltdd_scale.data.split import Available, Source, Split
 from ltdd_scale.errors import UserError
 from ltdd_scale.stage import Facts
 
+LOOKED_AT = 20  # images whose size tells that of all
 SLACK = 0.02  # share of the images by which a set may differ from what is expected of it
 
 
@@ -33,6 +34,7 @@ def open_source(data: Data) -> Source:
     """
     source: Source = kind(data).open_all(data)
     found = _available(source)
+    _refuse_one(found)
     _refuse_empty("training", found.train, source.classes)
     tested = np.bincount(source.test.labels, minlength=len(source.classes))
     _refuse_empty("test", tested, source.classes)
@@ -57,13 +59,24 @@ def facts(data: Data) -> Facts:
     files. Raises `UserError` as `open_source` does."""
     if data.source == "shards":
         return shards.facts(Path(data.path))
-    module = kind(data)
+    module, size = kind(data), 0.0
     if hasattr(module, "available"):
         found = module.available(data)
     else:
-        found = _available(module.open_all(data))
+        source = module.open_all(data)
+        found, size = _available(source), _mean_size(source.train)
+    _refuse_one(found)
     names = [str(c) for c in range(len(found.train))]
-    return Facts(_plan(data, found, names).training, found.test)
+    return Facts(_plan(data, found, names).training, found.test, size)
+
+
+def _mean_size(split: Split) -> float:
+    """Mean bytes of an image, by some of them; 0 where one cannot be read."""
+    some = np.linspace(0, len(split.names) - 1, min(len(split.names), LOOKED_AT)).astype(int)
+    try:
+        return float(np.mean([len(split.read(int(i))) for i in some])) if len(some) else 0.0
+    except OSError:
+        return 0.0
 
 
 def expected(data: Data) -> Facts | None:
@@ -176,6 +189,14 @@ def _share(data: Data, drawn: list[int]) -> list[int]:
             "to 0"
         )
     return held
+
+
+def _refuse_one(found: Available) -> None:
+    if len(found.train) < 2:
+        raise UserError(
+            "the set has one class, and two are needed to tell apart: is data.path one level too "
+            "high?"
+        )
 
 
 def _refuse_empty(kind: str, counts: Any, classes: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -227,33 +227,46 @@ def _refuse(text: str, force: bool) -> None:
 
 
 def free_memory() -> float:
-    """Bytes that new processes may use: of the machine, or of our control group."""
+    """Bytes that new processes may use: of the machine, or of our control group and those that it
+    is in. SLURM and systemd set their limits on some group on the way down."""
     free = float("inf")
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024.0
-    root = Path("/sys/fs/cgroup")
-    groups = (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    )
-    for limit, used, table, cache in groups:
+    for limit, used, table, cache in _groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")):
         try:
-            text = (root / limit).read_text().strip()
+            text = limit.read_text().strip()
             if text == "max":
                 continue
-            rows = dict(line.split() for line in (root / table).read_text().splitlines())
+            rows = dict(line.split() for line in table.read_text().splitlines())
             # The kernel gives file pages back when somebody asks for memory.
-            taken = float((root / used).read_text()) - float(rows.get(cache, 0))
+            taken = float(used.read_text()) - float(rows.get(cache, 0))
             free = min(free, float(text) - taken)
         except (OSError, ValueError):
             continue
     return free
+
+
+def _groups(root: Path, own: Path) -> Iterator[tuple[Path, Path, Path, str]]:
+    """Of each control group that we are in: files of its limit, of what is used and of what that
+    is, and the word for file pages in the last. `own` says which groups, of either version."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    where = {"0": "", "memory": ""}  # version 2, and 1
+    for line in lines:
+        number, names, path = line.split(":", 2)
+        key = "memory" if "memory" in names.split(",") else number if not names else ""
+        if key in where:
+            where[key] = path.strip("/")
+    for path in [Path(where["0"]), *Path(where["0"]).parents]:
+        at = root / path
+        yield at / "memory.max", at / "memory.current", at / "memory.stat", "inactive_file"
+    for path in [Path(where["memory"]), *Path(where["memory"]).parents]:
+        at = root / "memory" / path
+        limit, used = at / "memory.limit_in_bytes", at / "memory.usage_in_bytes"
+        yield limit, used, at / "memory.stat", "total_inactive_file"
 
 
 def gpu_memory() -> float:

@@ -80,11 +80,16 @@ def resolve(
         config = load.changed(config, {"data.loader": choices["data.loader"]})
     where = f"{config.data.source} {look_up(config, Section('data', Location))}"
     absent = False
+    location = look_up(config, Section("data", Location)).model_dump()
     try:
         source = (read or {}).get(where) or digest.of(config.data)
-    except UserError:
-        if known.get("chosen") == session.chosen_images(config):
-            source = known["source"]  # the images are away: what was made of them still counts
+    except UserError as error:
+        as_it_was = known.get("chosen") == session.chosen_images(config)
+        as_it_was = as_it_was and known.get("location", location) == location
+        if as_it_was and not _is_there(config.data):
+            source = known["source"]  # what was made of the images still counts
+            if not quiet:
+                print(f"warning: {error}; what was made of them counts", file=sys.stderr)
         elif dry_run and not _is_there(config.data) and sources.expected(config.data):
             source, absent = f"not here: {where}", True
         else:
@@ -116,8 +121,10 @@ def check_held_out(config: Any) -> None:
 
 
 def _is_there(data: Any) -> bool:
-    """Whether there is something at the place of the images: an error is of what is in it then."""
-    return bool(data.path) and Path(data.path).exists()
+    """Whether there is something at the place of the images: an error is of what is in it then.
+    An empty folder is where a file system is to be mounted."""
+    path = Path(data.path)
+    return bool(data.path) and path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def plain_network(config: Any, source: str, absent: bool = False) -> str:

@@ -130,8 +130,8 @@ def _record(run: Path, jobs: bool) -> dict[str, Any]:
 def inspect(path: Path) -> int:
     """Print what is in a shard set, or in the one that a run reads."""
     if (path / RECORD).exists():
-        record = files.read_json(path / RECORD)
-        path = Path(record["store"]) / record["stages"].get(recipe.SHARD, recipe.SHARD)
+        _, nodes, record = load_run(path)
+        path = nodes[recipe.SHARD].folder(Path(record["store"]))
     if not (path / "manifest.json").exists():
         raise UserError(
             f"{path}: no shard set there (no manifest.json); 'ltdd-scale shard CONFIG' makes one"
@@ -151,12 +151,18 @@ def verify(path: Path) -> int:
         raise UserError(f"no such path: {path}")
     folders = [path]
     if (path / RECORD).exists():
-        record = files.read_json(path / RECORD)
-        folders = [Path(record["store"]) / f for f in dict.fromkeys(record["stages"].values())]
+        _, nodes, record = load_run(path)
+        root = Path(record["store"])
+        once = (root / where for where in record["stages"].values())
+        folders = list(dict.fromkeys([*once, *(node.folder(root) for node in nodes.values())]))
         # A run need not have all: it may go on, and what finished stages have read may be deleted.
-        for folder in [f for f in folders if not (f / store.RECORD).exists()]:
-            print(f"{folder}: {'not finished' if folder.exists() else 'not there any more'}")
-            folders.remove(folder)
+        finished = [f for f in folders if (f / store.RECORD).exists()]
+        for where in dict.fromkeys(record["stages"].values()):
+            if (folder := root / where) not in finished:
+                print(f"{folder}: {'not finished' if folder.exists() else 'not there any more'}")
+        if not finished:
+            raise UserError(f"{path}: no stage of it is finished, so there is nothing to verify")
+        folders = finished
         folders += [path / "distilled"] * (path / "distilled" / "files.json").exists()
     wrong = []
     for folder in folders:

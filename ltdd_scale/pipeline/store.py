@@ -78,12 +78,14 @@ def parts_done(folder: Path, n: int) -> bool:
 def is_running(folder: Path) -> bool:
     """Whether a process works there. Another user's folder is looked at without writing."""
     path = folder / ".lock"
+    own = os.access(path, os.W_OK)
     try:
-        fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        fd = os.open(path, os.O_RDWR if own else os.O_RDONLY)
     except (FileNotFoundError, PermissionError):
         return False  # nobody has worked there, or who may not look cannot tell
     try:
-        return not files.lock(fd, fcntl.LOCK_EX)
+        # NFS gives an exclusive lock only to who may write.
+        return not files.lock(fd, fcntl.LOCK_EX if own else fcntl.LOCK_SH)
     finally:
         os.close(fd)
 

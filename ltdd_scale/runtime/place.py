@@ -7,6 +7,7 @@ SLURM step, or this process is alone.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -82,9 +83,16 @@ def read(env: Mapping[str, str]) -> Place:
 def _ranked(alone: Place, env: Mapping[str, str], names: tuple[str, ...]) -> Place:
     rank, world_size, local_rank = (int(env[name]) for name in names)
     ranks = {"rank": rank, "world_size": world_size, "local_rank": local_rank}
-    here = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or str(world_size)
-    local_size = int(here) if here.isdecimal() else world_size
+    local_size = _local_size(env) or world_size
     return replace(alone, **ranks, local_size=local_size, launched=True)
+
+
+def _local_size(env: Mapping[str, str]) -> int:
+    """Ranks on a node, of the fullest where they differ; 0 where nobody says it. srun says it of
+    its step as "8(x2),4": 8 on each of two nodes, then 4."""
+    said = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    numbers = re.findall(r"(\d+)(?:\(x\d+\))?", said) or [env.get("SLURM_NTASKS_PER_NODE", "")]
+    return max(int(n) if n.isdecimal() else 0 for n in numbers)
 
 
 def _alone(env: Mapping[str, str]) -> Place:
