@@ -28,7 +28,7 @@ def test_more_gpus_divide_the_work_that_the_stages_have():
 
 def test_nothing_goes_faster_than_its_units():
     m, w = sim.Machine(), sim.Work()
-    count = len(chunks(w.classes, w.ipc, w.chunk, w.chunk))
+    count = len(chunks(w.classes, w.ipc, w.chunk, w.chunk_classes))
     assert (
         sim.recover(count, m, w)[0]
         == sim.recover(10 * count, m, w)[0]

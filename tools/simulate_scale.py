@@ -1,6 +1,6 @@
 """How the stages should scale from 1 to 256 GPUs: the runner's own division of the work, timed by a small model.
 
-    python tools/simulate_scale.py [--step-ms 26] [--recover-ms 43] [--decode 7680] …
+    python tools/simulate_scale.py [--step-ms 26] [--recover-ms 54] [--decode 7680] …
 
 Who does what comes from the functions that the stages themselves use (chunks, class units, slices of a batch), on ImageNet-LT's class counts. How long a piece takes is
 an assumption, NOT measured: arithmetic by the published rate of an A100 that `--dry-run` reckons with, round numbers for its network. Give your own from tools/bench_*.py.
@@ -33,7 +33,7 @@ class Machine:
     floor: float = 0.25  # share of that time below which smaller steps do not get faster
     forward_ms: float = 1e3 * 128 * RATE / 3  # forward of 128 images
     # One recovery iteration of a chunk: forward and back to the pixels, of observer and teacher.
-    recover_ms: float = 1e3 * 80 * 2 * 2 * RATE / 3
+    recover_ms: float = 1e3 * 100 * 2 * 2 * RATE / 3
     decode: float = 12 * DECODED  # images a second of the cores of one GPU
     local_gb: float = 200.0  # GB/s between the GPUs of one box
     network_gb: float = 20.0  # GB/s of a GPU between boxes
@@ -60,7 +60,8 @@ class Work:
     layers: int = 53  # of BatchNorm in the observer
     unit: int = 128
     ipc: int = 10
-    chunk: int = 80
+    chunk: int = 100  # images
+    chunk_classes: int = 10
     iterations: int = 1000
     label_epochs: int = 300
     checkpoint_gb: float = 0.24
@@ -141,7 +142,7 @@ def calibrate(world: int, m: Machine, w: Work) -> tuple[float, str]:
 
 
 def recover(world: int, m: Machine, w: Work) -> tuple[float, str]:
-    work = chunks(w.classes, w.ipc, w.chunk, w.chunk)
+    work = chunks(w.classes, w.ipc, w.chunk, w.chunk_classes)
     turns = max(len(work[r::world]) for r in range(world))
     bound = (
         "fewer chunks than GPUs"
