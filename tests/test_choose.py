@@ -94,7 +94,9 @@ def test_one_student_is_taken_at_its_word():
 
 def test_images_are_chosen_where_there_are_validation_images():
     assert "choose" not in names(Config())
-    for data in ({"val_per_class": 5}, {"val_fraction": 0.1}, {"val_list": "val.txt"}):
+    listed = {"source": "list", "val_list": "val.txt"}
+    beside = {"source": "folder", "val_folder": "val"}
+    for data in ({"val_per_class": 5}, {"val_fraction": 0.1}, listed, beside):
         assert "choose" in names(Config(data=data))
     assert "choose" not in names(Config(**HELD, choose={"how": "never"}))
     with pytest.raises(UserError, match=r"choose\.how=always needs validation images"):

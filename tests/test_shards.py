@@ -242,15 +242,21 @@ def test_stored_squares_are_upright_and_transparent_images_on_white(tmp_path, so
     Image.fromarray(both).save(real / "both.png", exif=exif)
     marked = Image.fromarray(picture[..., 0] // 200)
     marked.save(real / "marked.png", transparency=0)
-    written(tmp_path / "s", source(), store_resolution=40)
+    Image.fromarray(picture).save(real / "damaged.png", exif=b"Exif\0\0garbage")
+    ramp = np.linspace(0, 65535, 1600).astype(np.uint16).reshape(40, 40)
+    Image.fromarray(ramp).save(real / "ramp.png", transparency=0)
+    manifest = written(tmp_path / "s", source(), store_resolution=40)
+    assert not manifest["quarantined"]
     written(tmp_path / "whole", source())
     split = ShardSplit(tmp_path / "s", "train")
     names = [n.split("/")[-1] for n in split.names]
-    shown = ("turned.png", "both.png", "clear.png")
+    shown = ("turned.png", "both.png", "clear.png", "damaged.png", "ramp.png")
     seen = {n: np.asarray(split.image(names.index(n))) for n in shown}
     for name in shown[:2]:
         assert (seen[name][:, 20:, 0] == 200).all() and not seen[name][:, :20].any()
     assert not seen["clear.png"][:, :20].any() and (seen["clear.png"][:, 20:] == 255).all()
+    assert (seen["damaged.png"] == picture).all()
+    assert (seen["ramp.png"][..., 0] == ramp >> 8).all()
     whole = ShardSplit(tmp_path / "whole", "train")
     for name in ("clear.png", "marked.png"):
         shown = np.asarray(whole.image(names.index(name)))

@@ -545,3 +545,29 @@ def test_the_size_of_files_is_found_for_the_estimate(tmp_path):
     data = Data(source="folder", path=str(tmp_path), profile="full", test_fraction=0.3)
     true = np.mean([p.stat().st_size for p in tmp_path.rglob("*.png")])
     assert sources.facts(data).image_bytes == pytest.approx(true, rel=0.1)
+
+
+def test_tiny_imagenets_val_is_its_test_set(tmp_path):
+    for wnid in ("n01", "n02"):
+        image_folder(tmp_path / "train" / wnid, {"images": 3}, ".")
+    image_folder(tmp_path, {"images": 2}, "val")
+    image_folder(tmp_path, {"images": 2}, "test")
+    rows = "000.png\tn01\t0\t0\t8\t8\n001.png\tn02\t0\t0\t8\t8\n"
+    (tmp_path / "val" / "val_annotations.txt").write_text(rows)
+    data = Data(source="folder", path=str(tmp_path), profile="full")
+    assert not sources.open_source(data).notes
+    with pytest.raises(UserError, match="beside train/"):
+        sources.open_source(data.model_copy(update={"val_folder": "val"}))
+
+
+def test_a_folder_of_validation_images_holds_some(tmp_path):
+    for split in ("train", "test"):
+        image_folder(tmp_path, {"a": 3, "b": 3}, split)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "flat.png").write_bytes(b"x")
+    data = Data(source="folder", path=str(tmp_path), profile="full", val_folder="val")
+    with pytest.raises(UserError, match="no images in the folders of the classes"):
+        sources.open_source(data)
+    assert data.validated and not Data(source="digits", val_folder="val").validated
+    assert Data(source="list", val_list="v").validated
+    assert not Data(source="folder", val_list="v").validated

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ltdd_scale.data.settings import Chosen
-from ltdd_scale.data.shards import is_turned, rgb, square, upright
+from ltdd_scale.data.shards import square, turn, upright
 
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
 # each in its own way: it is rewritten as RGB in a PNG.
@@ -71,12 +71,11 @@ def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], 
     side, quality = chosen.store_resolution, chosen.store_quality
     image = Image.open(io.BytesIO(content))
     size, ext = image.size, KEPT.get((image.format or "", image.mode))
-    turned = is_turned(image)
-    ext = None if turned or image.has_transparency_data else ext
+    ext = None if turn(image) is not None or image.has_transparency_data else ext
     if ext and not side and min(size) >= 2 * SAMPLED:
         image.draft(image.mode, (size[0] // 2, size[1] // 2))  # of JPEGs only
     image.load()
-    shown = rgb(upright(image))
+    shown = upright(image)
     if side:
         shown, ext = square(shown, side), None
     if ext is None:

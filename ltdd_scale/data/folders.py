@@ -41,6 +41,11 @@ def open_all(data: Data) -> Source:
     """Raises `UserError` where the folder is missing or none of these."""
     root = _root(data)
     if found := cifar.find(root):
+        if data.val_folder:
+            raise UserError(
+                f"data.val_folder={data.val_folder}: {root} is torchvision's CIFAR, which has no "
+                "such folder; data.val_per_class or data.val_fraction holds images out"
+            )
         return cifar.open_all(*found)
     layout, notes = _layout(root, data), _unused(root, data)
     skipped: Counter[str] = Counter()
@@ -55,6 +60,11 @@ def open_all(data: Data) -> Source:
             notes["small classes"] = _named(few)
     if layout.held:
         val = _split(layout, layout.validation) if layout.validation else None
+        if val and not val.names:
+            raise UserError(
+                f"data.val_folder={layout.validation}: no images in the folders of the classes in "
+                f"{root / layout.validation}"
+            )
         return Source(layout.classes, everything, _test(layout), val, notes)
     return Source(layout.classes, *_shared_out(everything, layout, data), notes=notes)
 
@@ -136,11 +146,13 @@ def _unused(root: Path, data: Data) -> dict[str, str]:
     notes, splits = {}, ("train", "test", "val")
     if not (root / "train").is_dir():
         return notes
+    if (root / "val" / "val_annotations.txt").exists():
+        return notes
     here, known = [s for s in splits if (root / s).is_dir()], _classes(root / "train")
     if len(here) == len(splits) and not data.val_folder:
         notes["unused folder"] = "val"
     elsewhere = {c for s in here for c in _classes(root / s)} - set(known)
-    if elsewhere and not (root / "val" / "val_annotations.txt").exists():
+    if elsewhere:
         notes["classes without training images"] = _named(sorted(elsewhere))
     return notes
 
@@ -166,6 +178,8 @@ def _layout(root: Path, data: Data) -> _Layout:
         )
     annotations = root / "val" / "val_annotations.txt"
     held = next((s for s in ("test", "val") if train and (root / s).is_dir()), "")
+    if annotations.exists() and train:
+        held = "val"  # Tiny-ImageNet's test images have no labels
     beside = os.path.basename(validation) == validation and (root / validation).is_dir()
     if validation and (not beside or not held or validation in (train, held)):
         raise UserError(
@@ -177,7 +191,7 @@ def _layout(root: Path, data: Data) -> _Layout:
             f"data.test_fraction: there are test images in {root / held}: set it to 0, or move them"
         )
     if annotations.exists() and train:
-        return _Layout(root, classes, train, "val", annotations, validation)
+        return _Layout(root, classes, train, held, annotations, validation)
     if not held and not test_fraction:
         raise UserError(
             f"{root}: no test/<class>/… (or val/<class>/…) folder to judge the result on; "

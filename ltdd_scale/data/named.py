@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ltdd_scale.data.shards import rgb, square, upright
+from ltdd_scale.data.shards import square, upright
 from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
 
@@ -33,7 +33,7 @@ def read_images(folder: Path, names: list[str], resolution: int) -> Named:
         row, path = numbered
         try:
             with Image.open(path) as image:
-                shown = np.asarray(square(rgb(upright(image)), resolution))
+                shown = np.asarray(square(upright(image), resolution))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not an image that can be read ({error})") from None
         pixels[row] = shown.transpose(2, 0, 1)

@@ -167,7 +167,8 @@ class Data(Whitened, Seen, Chosen, Expected, Location):
     @property
     def validated(self) -> bool:
         """Whether the source is said to have a validation split of its own."""
-        return bool(self.val_list or self.val_folder)
+        said = {"list": self.val_list, "folder": self.val_folder}
+        return bool(said.get(self.source))
 
     @classmethod
     def of(cls, chosen: Chosen, location: Location) -> Data:

@@ -40,7 +40,7 @@ LEFT_OUT = {
     "skipped": "files that are no images of a known type are left out",
     "small classes": "classes with too few images are left out",
     "classes without training images": "classes without training images are left out",
-    "unused folder": "a folder is not used (data.val_folder takes it for validation)",
+    "unused folder": "a folder that is not used (data.val_folder=val validates on it)",
 }
 
 TOLD = 16  # images between two words on a shard that is under way

@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import struct
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from ltdd_scale.data.settings import Data
 from ltdd_scale.data.split import Source
@@ -53,27 +54,44 @@ def manifest_file(folder: Path) -> Path:
     return path
 
 
+# EXIF's orientation → what makes the image stand upright. 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image stand upright, None where it does. EXIF that is damaged says nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return None
+
+
 def upright(image: Image.Image) -> Image.Image:
-    """An image as EXIF says that it is to be shown. Before `rgb`, which may lose what EXIF says."""
-    return ImageOps.exif_transpose(image) if is_turned(image) else image
-
-
-def is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    """An image as `rgb`, turned as EXIF says."""
+    way, shown = turn(image), rgb(image)
+    return shown if way is None else shown.transpose(way)
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """An image as RGB of 8 bits, on white where it is transparent. Of 16 bits the upper 8 are shown
     (Pillow would cut). Raises `ValueError` for pixels of 32 bits, which do not say how bright they
     are."""
+    # Older Pillows open a PNG of 16 bits as one of 32, which there is none of.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode == "RGB":
         return image
-    # Older Pillows open a PNG of 16 bits as one of 32, which there is none of.
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel: write it with 8 or 16")
     return image.convert("RGB")

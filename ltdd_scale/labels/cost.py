@@ -54,7 +54,7 @@ def relabel(settings: Any, facts: Facts) -> Cost:
     if kind.views:
         epochs = settings.relabel.epochs or settings.student_epochs
         kept = min(settings.relabel.topk, facts.num_classes) or facts.num_classes
-        two_tables = kept < facts.num_classes  # values with the mean of the rest, and classes
+        two_tables = kept < facts.num_classes  # values with one for the rest, and classes
         passes += epochs
         bytes_a_label += epochs * FP16 * (2 * kept + 1 if two_tables else kept)
     passes *= networks(settings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,21 @@ def _record(run: Path, jobs: bool) -> dict[str, Any]:
     return {**out, **head, "stages": found}
 
 
+def _folder_of(run: Path, stage: str) -> Path:
+    """The folder of a stage of a run, as its last finished command left it; while none is finished,
+    the one that is to be."""
+    record = files.read_json(run / RECORD)
+    root = Path(record["store"])
+    where = record["stages"].get(stage)
+    if where and (root / where / store.RECORD).exists():
+        return root / where
+    return load_run(run)[1][stage].folder(root)
+
+
 def inspect(path: Path) -> int:
     """Print what is in a shard set, or in the one that a run reads."""
     if (path / RECORD).exists():
-        _, nodes, record = load_run(path)
-        path = nodes[recipe.SHARD].folder(Path(record["store"]))
+        path = _folder_of(path, recipe.SHARD)
     if not (path / "manifest.json").exists():
         raise UserError(
             f"{path}: no shard set there (no manifest.json); 'ltdd-scale shard CONFIG' makes one"
@@ -151,10 +162,12 @@ def verify(path: Path) -> int:
         raise UserError(f"no such path: {path}")
     folders = [path]
     if (path / RECORD).exists():
-        _, nodes, record = load_run(path)
+        record = files.read_json(path / RECORD)
         root = Path(record["store"])
-        once = (root / where for where in record["stages"].values())
-        folders = list(dict.fromkeys([*once, *(node.folder(root) for node in nodes.values())]))
+        folders = [root / where for where in record["stages"].values()]
+        with suppress(UserError):  # of an older version, or with weights that are gone
+            folders += [node.folder(root) for node in load_run(path)[1].values()]
+        folders = list(dict.fromkeys(folders))
         # A run need not have all: it may go on, and what finished stages have read may be deleted.
         finished = [f for f in folders if (f / store.RECORD).exists()]
         for where in dict.fromkeys(record["stages"].values()):

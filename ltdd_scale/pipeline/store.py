@@ -6,6 +6,7 @@ size and the hash of every file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
 import os
@@ -78,14 +79,17 @@ def parts_done(folder: Path, n: int) -> bool:
 def is_running(folder: Path) -> bool:
     """Whether a process works there. Another user's folder is looked at without writing."""
     path = folder / ".lock"
-    own = os.access(path, os.W_OK)
     try:
-        fd = os.open(path, os.O_RDWR if own else os.O_RDONLY)
+        fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except (FileNotFoundError, PermissionError):
         return False  # nobody has worked there, or who may not look cannot tell
     try:
-        # NFS gives an exclusive lock only to who may write.
-        return not files.lock(fd, fcntl.LOCK_EX if own else fcntl.LOCK_SH)
+        return not files.lock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        # NFS gives an exclusive lock only to who may write. Parts are not seen like this.
+        return not files.lock(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
 
