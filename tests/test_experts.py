@@ -252,6 +252,9 @@ def test_history_is_of_finished_epochs():
 
 
 def test_networks_that_cannot_serve_are_refused_before_anything_starts():
+    with pytest.raises(UserError, match=r"warmup_epochs=5: the rate would rise until the end of"):
+        train.check(given(observer=Role(epochs=5, warmup_epochs=5)))
+    train.check(given(observer=Role(epochs=6, warmup_epochs=5)))
     with pytest.raises(UserError, match="has no BatchNorm layer to align"):
         train.check(given(observer=Role(norm="instance")))
     train.check(given("teacher", teacher=Teacher(norm="instance")))
