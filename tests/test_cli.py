@@ -331,6 +331,9 @@ def test_the_commands_of_the_documents_are_such(path):
     for words in commands_of(text):
         words = [w.strip("[]") for w in words]
         args = arguments.parser().parse_args(words)
+        if "config" in args and str(args.config) == "mine.yaml":
+            assert "cp configs/own_images.yaml mine.yaml" in text
+            args.config = ROOT / "configs/own_images.yaml"
         if "config" in args and (ROOT / args.config).exists():
             load.load(ROOT / args.config, ["data.path=x", *args.set])
         elif "config" in args:
