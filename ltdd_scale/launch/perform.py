@@ -124,7 +124,11 @@ def _is_there(data: Any) -> bool:
     """Whether there is something at the place of the images: an error is of what is in it then.
     An empty folder is where a file system is to be mounted."""
     path = Path(data.path)
-    return bool(data.path) and path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    try:
+        empty = path.is_dir() and not any(path.iterdir())
+    except OSError:
+        empty = False  # it is there, and may not be read
+    return bool(data.path) and path.exists() and not empty
 
 
 def plain_network(config: Any, source: str, absent: bool = False) -> str:
