@@ -25,6 +25,8 @@ LOOKING = (
     "config",
 )
 
+READING = ("status", "logs", "verify", "inspect", "config")  # all that they do is said
+
 
 def _check_deadline(args: argparse.Namespace) -> None:
     if args.deadline and not (args.dry_run and args.cluster == "slurm"):
@@ -165,8 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     args = parser().parse_args(arguments)
     action = _look if args.command in LOOKING else _work
-    looks = args.command in LOOKING and args.command not in ("sweep", "fit", "export")
-    return guarded(lambda: action(args), looks)
+    return guarded(lambda: action(args), looks=args.command in READING)
 
 
 def console() -> None:

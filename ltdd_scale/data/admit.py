@@ -17,7 +17,7 @@ from ltdd_scale.data.settings import Chosen
 from ltdd_scale.data.shards import square, turn, upright
 
 # Formats and modes whose bytes are kept. Any other (CMYK, palettes, 16 bits, …) decoders understand
-# each in its own way: it is rewritten as RGB in a PNG.
+# each in its own way: it is rewritten as RGB, a turned photograph as JPEG, all else as PNG.
 KEPT = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 
 REWRITTEN = 95  # JPEG quality of photographs whose bytes cannot be kept, in their own size
@@ -79,10 +79,10 @@ def admit(content: bytes, chosen: Chosen) -> tuple[bytes, str, tuple[int, int], 
     if side:
         shown, ext = square(shown, side), None
     if ext is None:
-        photograph = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        if photograph and not side:
-            quality = REWRITTEN  # as PNG it would be ten times as large
-        buffer, as_jpeg = io.BytesIO(), bool(quality and (side or photograph))
-        shown.save(buffer, "JPEG", quality=quality) if as_jpeg else shown.save(buffer, "PNG")
-        content, ext, size = buffer.getvalue(), "jpg" if as_jpeg else "png", shown.size
+        if not side:  # a photograph as PNG would be ten times as large
+            photograph = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+            quality = REWRITTEN if photograph else 0
+        buffer = io.BytesIO()
+        shown.save(buffer, "JPEG", quality=quality) if quality else shown.save(buffer, "PNG")
+        content, ext, size = buffer.getvalue(), "jpg" if quality else "png", shown.size
     return content, ext, size, shown

@@ -8,9 +8,8 @@ class's images comes from; optional ``labels.npy``, learned logits float32 [N, C
 from __future__ import annotations
 
 import io
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ltdd_scale.data.augment import ViewSpec
 from ltdd_scale.data.images import Images, MemoryImages, Plan
 from ltdd_scale.errors import UserError
 from ltdd_scale.runtime import files
+from ltdd_scale.runtime.ahead import ahead
 
 AHEAD = 2  # batches read ahead of the one that is looked at
 AGAIN = "delete its folder and run the stage again"
@@ -183,7 +183,7 @@ class StreamedClasses:
     def stream(self, plans: Iterable[Plan], spec: ViewSpec) -> Iterator[torch.Tensor]:
         """Images of each plan, float [n, 3, R, R] in [0, 1], in the plans' order."""
         with ThreadPoolExecutor(1, "distilled") as pool:
-            for (_, views), pixels in _ahead(pool, self._read, plans):
+            for (_, views), pixels in ahead(pool, self._read, plans, AHEAD):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).float() / 255
                 yield images if views is None else augment.apply(images, views, spec)
 
@@ -196,23 +196,6 @@ class StreamedClasses:
             at = np.flatnonzero(classes == label)
             out[at] = self.distilled.load(int(label))[indices[at] - self._first[label]]
         return out
-
-
-def _ahead(pool: ThreadPoolExecutor, read: Any, plans: Iterable[Plan]) -> Iterator[tuple]:
-    """Each plan with what `read` makes of it, `AHEAD` of them under way."""
-    waiting: deque[tuple[Plan, Future]] = deque()
-    try:
-        for plan in plans:
-            waiting.append((plan, pool.submit(read, plan)))
-            if len(waiting) > AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
 
 
 def mapped(path: Path) -> np.ndarray:

@@ -126,7 +126,7 @@ def digest(data: Data) -> str:
     splits = [layout.train, *filter(None, others)]
     tops += [layout.folder(split, name) for split in splits for name in layout.classes]
     for top in tops:
-        for name, entry in _images(layout.root, top):
+        for name, entry in images(layout.root, top):
             lines.append(os.fsencode(f"{name}\0{_size(entry)}\n"))
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
 
@@ -222,7 +222,7 @@ def _split(layout: _Layout, split: str, skipped: Counter[str] | None = None) -> 
     names, labels = [], []
     for label, name in enumerate(layout.classes):
         folder = layout.folder(split, name)
-        found = sorted(name for name, _ in _images(layout.root, folder, skipped))
+        found = sorted(name for name, _ in images(layout.root, folder, skipped))
         names += found
         labels += [label] * len(found)
     _refuse_odd(layout.root, names)
@@ -268,7 +268,7 @@ def _annotated(path: Path) -> dict[str, str]:
     return rows
 
 
-def _images(
+def images(
     root: Path, top: str, skipped: Counter[str] | None = None
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Images below `top`, at any depth, by their names relative to `root`, in no order.

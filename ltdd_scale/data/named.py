@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ltdd_scale.data.folders import images
 from ltdd_scale.data.shards import square, upright
-from ltdd_scale.data.split import IMAGE_NAMES
 from ltdd_scale.errors import UserError
 
 
@@ -45,13 +45,11 @@ def read_images(folder: Path, names: list[str], resolution: int) -> Named:
 
 
 def find_images(folder: Path, names: list[str]) -> list[list[Path]]:
-    """The image files under folder/<name>/ of each name, at any depth, sorted; hidden files are
+    """The image files under folder/<name>/ of each name, at any depth, sorted; what is hidden is
     none. Raises `UserError` for a class without images."""
     out = []
     for c, name in enumerate(names):
-        there = (folder / name).rglob("*")
-        own = (p for p in there if not any(q[0] == "." for q in p.relative_to(folder / name).parts))
-        found = sorted(p for p in own if p.suffix.lower() in IMAGE_NAMES)
+        found = sorted(folder / path for path, _ in images(folder, name))
         if not found:
             raise UserError(f"{folder / name}: no images of class {c} there")
         out.append(found)

@@ -9,9 +9,8 @@ import os
 import re
 import shutil
 import tarfile
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing import get_context
@@ -28,6 +27,7 @@ from ltdd_scale.data.settings import Chosen, Data, Location
 from ltdd_scale.data.split import Source, Split
 from ltdd_scale.errors import PassingError, UserError
 from ltdd_scale.runtime import files, signals
+from ltdd_scale.runtime.ahead import ahead
 from ltdd_scale.runtime.progress import Progress
 from ltdd_scale.stage import Cost, Facts
 
@@ -294,9 +294,9 @@ def _write_shard(
 def _admitted(
     split: Split, indices: range, chosen: Chosen, threads: int
 ) -> Generator[tuple[int, Any], None, None]:
-    """Each image with what `admit` makes of it, or with why it does not decode, in their order. A
-    few are under way: all would be gigabytes. Raises what is no fault of the image: a passing one
-    of the file system, or memory that has run out."""
+    """Each image with what `admit` makes of it, or with why it does not decode, in their order.
+    Raises what is no fault of the image: a passing error of the file system, or memory that has run
+    out."""
 
     def one(i: int) -> Any:
         try:
@@ -308,20 +308,8 @@ def _admitted(
                 raise PassingError(f"{split.names[i]}: {error.strerror}") from error
             return error
 
-    under_way: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(threads, "admit") as pool, strict_about_size():
-        try:
-            for i in indices:
-                under_way.append((i, pool.submit(one, i)))
-                if len(under_way) > 2 * threads:
-                    first, found = under_way.popleft()
-                    yield first, found.result()
-            while under_way:
-                first, found = under_way.popleft()
-                yield first, found.result()
-        finally:
-            for _, found in under_way:
-                found.cancel()
+        yield from ahead(pool, one, indices, 2 * threads)
 
 
 def _part_file(path: str | Path) -> Path:
